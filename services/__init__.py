@@ -1,0 +1,1 @@
+"""The services of Lorafleet: registry, trainer, inference and gateway, and what they share."""
