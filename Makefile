@@ -1,0 +1,63 @@
+# One word per act. `make help` lists them; CI uses the same words.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?=
+TASKS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check fix proto proto-check test test-slow test-gpu bench demo up down compose-check clean
+
+help: ## list the words
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t16
+
+setup: $(VENV)/.installed ## make the virtual environment
+
+# torch first and pinned: a looser requirement would pull the CUDA build on a machine without a GPU.
+$(VENV)/.installed: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+check: setup proto-check compose-check ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: setup ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: setup ## write the stubs from protos/
+	$(BIN)/python protos/build.py
+
+proto-check: setup ## lint protos/ and compare the stubs
+	$(BIN)/python protos/build.py --check
+
+compose-check: setup ## check docker-compose.yml against the compose schema
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+test: setup ## the test-suite
+	$(BIN)/pytest
+
+test-slow: setup ## tests that take minutes
+	$(BIN)/pytest -m slow --timeout 1800
+
+test-gpu: setup ## tests that need a CUDA device
+	$(BIN)/pytest -m gpu --timeout 1800
+
+bench: setup ## every benchmark; the last line of each is JSON
+	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
+
+demo: setup ## fine-tune three adapters, serve them mixed, print the tables
+	$(BIN)/lorafleet demo $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS))
+
+up: setup ## start the fleet on this machine
+	$(BIN)/lorafleet up
+
+down: setup ## stop it
+	$(BIN)/lorafleet down
+
+clean: ## remove what was built
+	rm -rf $(VENV) .cache build dist *.egg-info
