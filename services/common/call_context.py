@@ -1,7 +1,8 @@
 """What one call carries along, in context variables: its id, its tenant and the time it has left.
 
 The server interceptor sets them for each call, the client interceptors send them on, and the log formatter
-writes them into each line. Work that does not begin with a gRPC call (an HTTP request, a job) opens a `call_scope`.
+writes them into each line. Work that does not begin with a gRPC call (an HTTP request, a job) opens a
+`call_scope`.
 """
 
 from __future__ import annotations

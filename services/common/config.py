@@ -94,7 +94,7 @@ class ServiceSettings(Settings):
     """Address to serve on, `HOST:PORT`; port 0 takes a free one."""
 
     insecure_bind: bool = False
-    """Allow `listen` on an address that other machines can reach, in plain text and without authentication."""
+    """Allow `listen` on an address that other machines can reach, in plain text, unauthenticated."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
@@ -149,7 +149,7 @@ def load(settings_class: type[SettingsT]) -> SettingsT:
             f"{_variable_name(settings_class, item['loc'])}: {item['msg']}" for item in error.errors()
         ]
     if problems:
-        print("bad configuration:\n" + "\n".join(f"  {line}" for line in problems), file=sys.stderr)
+        sys.stderr.write("bad configuration:\n" + "".join(f"  {line}\n" for line in problems))
         sys.exit(EXIT_BAD_CONFIGURATION)
     return settings
 

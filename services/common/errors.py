@@ -1,9 +1,12 @@
 """The one error tree of Lorafleet.
 
-Every failure that a caller may see is raised, where the fact is known, as one of the classes below. The class fixes
-the canonical code; `reason` is the stable lower_snake word that programs match on. `services.common.status` turns an
-error into a gRPC status or an HTTP answer, and back.
+Every failure that a caller may see is raised, where the fact is known, as one of the classes below. The class
+fixes the canonical code; `reason` is the stable lower_snake word that programs match on. `services.common.status`
+turns an error into a gRPC status or an HTTP answer, and back.
 """
+
+# The classes bear the names of the canonical codes, without a suffix.
+# ruff: noqa: N818
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ class Code(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One thing wrong with one field: `field` is its path, `description` is for people, `reason` for programs."""
+    """One thing wrong with one field: its path, a sentence for people and a reason for programs."""
 
     field: str
     description: str
@@ -57,7 +60,7 @@ class LorafleetError(Exception):
         field: the request field at fault, as a path (`training.learning_rate`).
         value: the offending value; kept as its `repr`, capped at `VALUE_LIMIT_CHARS`.
         limit: what would have been accepted.
-        violations: every bad field, where there may be several.
+        violations: every bad field, where there may be several; from `field` and `message` when not given.
         resource: the name of the thing concerned (`adapters/billing`).
         retry_after_seconds: when a retry may succeed.
         final: true when a retry of the same call can never succeed although its code suggests one.
@@ -88,6 +91,8 @@ class LorafleetError(Exception):
         self.value = None if value is None else capped(repr(value), VALUE_LIMIT_CHARS)
         self.limit = None if limit is None else capped(str(limit), VALUE_LIMIT_CHARS)
         self.violations = tuple(violations)
+        if field is not None and not self.violations:
+            self.violations = (FieldViolation(field, self.message, reason),)
         self.resource = resource
         self.retry_after_seconds = retry_after_seconds
         self.final = final

@@ -1,7 +1,7 @@
 """Sortable random ids: `<prefix>-<26 characters>`, safe in URLs, file names and log lines.
 
-The 26 characters are a ULID in lower-case Crockford base 32: 48 bits of Unix time in milliseconds, then 80 random
-bits. Ids made in different milliseconds sort by time; nobody can guess one from another.
+The 26 characters are a ULID in lower-case Crockford base 32: 48 bits of Unix time in milliseconds, then 80
+random bits. Ids made in different milliseconds sort by time; nobody can guess one from another.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The names that callers may give to things, checked by full match, and the adapter reference.
 
-A name that passes holds no separator, no dot pair and no upper case, so it can stand in a log line, a metric label
-or an object key without escaping. Each check returns its argument, so that it can be used in an expression.
+A name that passes holds no separator, no dot pair and no upper case, so it can stand in a log line, a metric
+label or an object key without escaping. Each check returns its argument, so that it can be used in an expression.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def tenant_name(text: str, *, field: str = "tenant") -> str:
 
 
 def digest(text: str, *, field: str = "digest") -> str:
-    """Return `text` if it is a SHA-256 digest in our form; raise `InvalidArgument` (`bad_digest`) otherwise."""
+    """Return `text` if it is `sha256:<64 hex>`; raise `InvalidArgument` (`bad_digest`) otherwise."""
     if not _DIGEST.fullmatch(text):
         raise InvalidArgument(
             "bad_digest", f"{field} must be {_DIGEST_RULE}", field=field, value=text, limit=_DIGEST_RULE
