@@ -1,7 +1,7 @@
-"""Lint the contract and write its Python stubs: `python protos/build.py`, or `--check` to compare with what is checked in.
+"""Lint the contract and write its Python stubs; with `--check`, compare them with what is checked in.
 
-The stubs land under `lorafleet/`, where the proto packages (`lorafleet.registry.v1` ...) and the Python packages agree, so their
-imports need no rewriting.
+The stubs land under `lorafleet/`, where the proto packages (`lorafleet.registry.v1` ...) and the Python
+packages agree, so their imports need no rewriting.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 from google.rpc import status_pb2
 
 PROTOS = Path(__file__).parent
+TOOLS = Path(sys.executable).parent
 STUBS = PROTOS.parent / "lorafleet"
 LINT = {
     "version": "v2",
@@ -45,21 +46,20 @@ def sources() -> list[str]:
 
 def protoc(*arguments: str) -> None:
     include = [f"-I{PROTOS}", f"-I{Path(status_pb2.__file__).parents[2]}"]
-    subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", *include, *arguments, *sources()], check=True
-    )
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *include, *arguments, *sources()], check=True)
 
 
 def lint(image: Path) -> None:
     """buf reads the compiled image, because the imported google/rpc protos come from an installed package."""
     protoc("--include_source_info", "--include_imports", f"-o{image}")
-    buf = Path(sys.executable).parent / "buf"
-    subprocess.run([str(buf), "lint", str(image), "--config", json.dumps(LINT)], check=True)
+    subprocess.run([str(TOOLS / "buf"), "lint", str(image), "--config", json.dumps(LINT)], check=True)
 
 
 def generate(out: Path) -> None:
     out.mkdir()
-    protoc(f"--python_out={out}", f"--grpc_python_out={out}", f"--mypy_out={out}", f"--mypy_grpc_out={out}")
+    plugins = [f"--plugin={name}={TOOLS / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
+    outputs = [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
+    protoc(*plugins, *outputs)
 
 
 def stub_files(root: Path) -> set[Path]:
