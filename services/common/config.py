@@ -18,7 +18,7 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 EXIT_BAD_CONFIGURATION = 2
 SettingsT = TypeVar("SettingsT", bound="Settings")
@@ -148,6 +148,8 @@ def load(settings_class: type[SettingsT]) -> SettingsT:
         problems += [
             f"{_variable_name(settings_class, item['loc'])}: {item['msg']}" for item in error.errors()
         ]
+    except SettingsError as error:
+        problems.append(str(error))
     if problems:
         sys.stderr.write("bad configuration:\n" + "".join(f"  {line}\n" for line in problems))
         sys.exit(EXIT_BAD_CONFIGURATION)

@@ -1,8 +1,8 @@
 """The one error tree of Lorafleet.
 
-Every failure that a caller may see is raised, where the fact is known, as one of the classes below. The class
-fixes the canonical code; `reason` is the stable lower_snake word that programs match on. `services.common.status`
-turns an error into a gRPC status or an HTTP answer, and back.
+Every failure that a caller may see is raised, where the fact is known, as one of the classes below. The
+class fixes the canonical code; `reason` is the stable lower_snake word that programs match on.
+`services.common.status` turns an error into a gRPC status or an HTTP answer, and back.
 """
 
 # The classes bear the names of the canonical codes, without a suffix.

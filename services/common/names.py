@@ -1,7 +1,8 @@
 """The names that callers may give to things, checked by full match, and the adapter reference.
 
-A name that passes holds no separator, no dot pair and no upper case, so it can stand in a log line, a metric
-label or an object key without escaping. Each check returns its argument, so that it can be used in an expression.
+A name that passes holds no slash, no dot pair and no upper case, so it can stand in a log line, a metric
+label or an object key without escaping. Each check returns its argument, so that it can be used in an
+expression.
 """
 
 from __future__ import annotations
