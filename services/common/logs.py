@@ -1,8 +1,8 @@
 """JSON log lines on standard error, by the standard library's `logging`.
 
-One line is one object: `ts`, `level`, `logger`, `message`, `service`, then `request_id`, `tenant` and `trace_id`
-where there are any, then whatever a call passed as `extra`. JSON escapes line breaks and control characters, so
-no value can forge a line; long values are cut.
+One line is one object: `ts`, `level`, `logger`, `message`, `service`, then `request_id`, `tenant` and
+`trace_id` where there are any, then whatever a call passed as `extra`. JSON escapes line breaks and control
+characters, so no value can forge a line; long values are cut.
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+"""Connections to the index (Redis or Valkey), with settings that never count a command twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pydantic import SecretStr
+from redis import exceptions
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from services.common.errors import Unavailable
+
+COMMAND_TIMEOUT_SECONDS = 5.0
+CONNECT_TIMEOUT_SECONDS = 2.0
+HEALTH_CHECK_SECONDS = 15
+RETRY_AFTER_SECONDS = 1.0
+
+
+def open_index(url: SecretStr, *, blocking: bool = False) -> Redis:
+    """Return a client for the index; it connects at its first command and answers in bytes.
+
+    The client never repeats a command by itself: after a time-out nobody knows whether the server has run it,
+    and an INCR sent twice counts twice. The caller repeats what is idempotent.
+
+    Args:
+        url: `redis://` or `rediss://` URL.
+        blocking: for commands that wait on the server (XREAD BLOCK, BLPOP): no time-out on answers. Give such
+            commands a connection of their own.
+    """
+    return Redis.from_url(
+        url.get_secret_value(),
+        socket_timeout=None if blocking else COMMAND_TIMEOUT_SECONDS,
+        socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
+        health_check_interval=HEALTH_CHECK_SECONDS,
+        retry=Retry(NoBackoff(), 0),
+        decode_responses=False,
+    )
+
+
+@contextmanager
+def index_errors() -> Iterator[None]:
+    """Translate failures to reach the index.
+
+    Raises:
+        Unavailable: `store_unavailable`. Errors in our own commands pass through; they are our mistakes.
+    """
+    try:
+        yield
+    except (
+        exceptions.ConnectionError,
+        exceptions.TimeoutError,
+        exceptions.ReadOnlyError,
+        exceptions.OutOfMemoryError,
+        OSError,
+    ) as error:
+        raise Unavailable(
+            "store_unavailable",
+            f"the index does not answer ({type(error).__name__})",
+            retry_after_seconds=RETRY_AFTER_SECONDS,
+        ) from error
+
+
+async def ping(index: Redis) -> None:
+    """Return when the index answers; raise `Unavailable` (`store_unavailable`) when it does not."""
+    with index_errors():
+        await index.ping()

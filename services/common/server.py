@@ -1,0 +1,214 @@
+"""The life of a gRPC server process: build, register, listen, become ready, drain, end.
+
+A service's `__main__` is three lines: load the settings, then `sys.exit(asyncio.run(serve(...)))`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_reflection.v1alpha import reflection
+
+from services.common import logs
+from services.common.config import Address, ServiceSettings
+from services.common.errors import FailedPrecondition, LorafleetError
+from services.common.readiness import PROBE_INTERVAL_SECONDS, Probe, Readiness
+from services.common.rpc import CallInterceptor, standard_layers
+from services.common.telemetry import Telemetry
+from services.common.transport import MESSAGE_LIMIT_BYTES, METADATA_LIMIT_BYTES
+
+_logger = logging.getLogger("lorafleet.server")
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+
+Hook = Callable[[], Awaitable[None]]
+
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_metadata_size", METADATA_LIMIT_BYTES),
+    ("grpc.absolute_max_metadata_size", METADATA_LIMIT_BYTES),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Our channels ping every 30 s; the default would end their connections for pinging too often.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+)
+
+
+class ServiceHost:
+    """A gRPC server with health, reflection and our interceptor, and the hooks of its end.
+
+    Tests start one directly; `serve` adds signals, logs and telemetry.
+    """
+
+    def __init__(self, settings: ServiceSettings, services: Sequence[str]) -> None:
+        """Build the server; nothing listens yet.
+
+        Args:
+            settings: where to listen and for how long calls may run.
+            services: full names (`lorafleet.registry.v1.Registry`) for health and reflection.
+
+        Raises:
+            FailedPrecondition: `insecure_bind`, where others could reach a server that trusts its callers.
+        """
+        _check_bind(settings)
+        self._settings = settings
+        self._services = tuple(services)
+        self._readiness = Readiness(services)
+        self._drain_hooks: list[Hook] = []
+        self._close_hooks: list[Hook] = []
+        self.server = grpc.aio.server(
+            interceptors=[
+                CallInterceptor(
+                    standard_layers(
+                        unary_timeout_seconds=settings.unary_timeout_seconds,
+                        stream_timeout_seconds=settings.stream_timeout_seconds,
+                    )
+                )
+            ],
+            options=_OPTIONS,
+        )
+
+    def on_drain(self, hook: Hook) -> None:
+        """Have `hook` awaited when the server stops admitting work, before calls in flight are waited for."""
+        self._drain_hooks.append(hook)
+
+    def on_close(self, hook: Hook) -> None:
+        """Have `hook` awaited after the last call; the hooks run in reverse order of registration."""
+        self._close_hooks.append(hook)
+
+    async def ready(self, *services: str) -> None:
+        """Report services (all when none is named) as SERVING, so far as the probes pass."""
+        await self._readiness.ready(*services)
+
+    async def not_ready(self, *services: str) -> None:
+        """Report services (all when none is named) as NOT_SERVING."""
+        await self._readiness.not_ready(*services)
+
+    def ready_when(self, probe: Probe, *, interval_seconds: float = PROBE_INTERVAL_SECONDS) -> None:
+        """Hold everything NOT_SERVING while `probe()` raises; see `Readiness.ready_when`."""
+        self._readiness.ready_when(probe, interval_seconds=interval_seconds)
+
+    async def start(self) -> Address:
+        """Listen and return the bound address.
+
+        Raises:
+            RuntimeError: the address cannot be bound.
+        """
+        health_pb2_grpc.add_HealthServicer_to_server(self._readiness.servicer, self.server)
+        reflection.enable_server_reflection(
+            (*self._services, HEALTH_SERVICE, reflection.SERVICE_NAME), self.server
+        )
+        await self._readiness.publish()
+        wanted = self._settings.address
+        port = self.server.add_insecure_port(str(wanted))
+        await self.server.start()
+        return Address(wanted.host, port)
+
+    async def stop(self, grace_seconds: float | None = None) -> None:
+        """Drain and close: not ready, no admission, calls in flight end, then whatever they used.
+
+        Args:
+            grace_seconds: how long calls in flight may go on; the setting when None.
+        """
+        grace_seconds = self._settings.grace_seconds if grace_seconds is None else grace_seconds
+        await self._readiness.shut_down()
+        for hook in self._drain_hooks:
+            await hook()
+        await self.server.stop(grace_seconds)
+        for hook in reversed(self._close_hooks):
+            await _run_logged(hook)
+
+
+async def serve(
+    service_name: str,
+    settings: ServiceSettings,
+    register: Callable[[ServiceHost], Awaitable[None]],
+    *,
+    services: Sequence[str],
+) -> int:
+    """Run one service until SIGTERM or SIGINT and return the exit code.
+
+    Args:
+        service_name: for logs and traces, e.g. `registry`.
+        settings: the service's own settings.
+        register: adds servicers to `host.server`, calls `host.ready()` (without it the service stays
+            NOT_SERVING), adds probes by `host.ready_when(probe)`, and registers hooks. It must not wait for
+            other services.
+        services: full names of the gRPC services.
+    """
+    logs.configure(service_name, settings.log_level)
+    telemetry = Telemetry(service_name, settings.otlp_endpoint)
+    stop_asked = _stop_on_signals()
+    try:
+        host = ServiceHost(settings, services)
+        await register(host)
+        address = await host.start()
+    except (LorafleetError, OSError, RuntimeError) as error:
+        _logger.error("cannot start", extra={"detail": str(error)})
+        await asyncio.to_thread(telemetry.shutdown)
+        return EXIT_FAILED
+    _logger.info("listening", extra={"address": str(address), "pid": os.getpid()})
+    _publish_address(settings, address)
+    signal_name = await stop_asked
+    _logger.info("draining", extra={"signal": signal_name, "grace_seconds": settings.grace_seconds})
+    await host.stop()
+    await asyncio.to_thread(telemetry.shutdown)
+    _logger.info("stopped")
+    return EXIT_OK
+
+
+def _stop_on_signals() -> asyncio.Future[str]:
+    """Return a future that the first SIGTERM or SIGINT resolves to its name."""
+    loop = asyncio.get_running_loop()
+    stop_asked: asyncio.Future[str] = loop.create_future()
+
+    def stop(number: signal.Signals) -> None:
+        if not stop_asked.done():
+            stop_asked.set_result(number.name)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    return stop_asked
+
+
+def _check_bind(settings: ServiceSettings) -> None:
+    if settings.address.is_loopback or settings.insecure_bind:
+        return
+    prefix = settings.model_config["env_prefix"]
+    raise FailedPrecondition(
+        "insecure_bind",
+        f"{settings.listen} can be reached from other machines, and this server trusts whoever calls it; "
+        f"listen on a loopback address, or set {prefix}INSECURE_BIND=true inside a closed network",
+        field="listen",
+        value=settings.listen,
+    )
+
+
+def _publish_address(settings: ServiceSettings, address: Address) -> None:
+    """Write the bound address where the one who started us looks for it; a reader never sees half of it."""
+    if settings.port_file is None:
+        return
+    partial = settings.port_file.with_name(settings.port_file.name + ".partial")
+    partial.write_text(f"{address}\n", encoding="ascii")
+    partial.replace(settings.port_file)
+
+
+async def _run_logged(hook: Hook) -> None:
+    """Run one hook; an error in it must not keep the others from running."""
+    try:
+        await hook()
+    except Exception:
+        _logger.exception("a close hook failed")
+
+
+__all__ = ["EXIT_FAILED", "EXIT_OK", "ServiceHost", "serve"]
