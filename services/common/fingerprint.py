@@ -136,13 +136,7 @@ def fingerprint_base(model_dir: Path, quantization: Quantization) -> BaseFingerp
             `duplicate_tensor`
             where two shards hold the same tensor, `bad_config`, or the reasons of `read_header`.
     """
-    return BaseFingerprint(
-        weights_digest=weights_digest(model_dir),
-        config_digest=_config_digest(model_dir),
-        tokenizer_digest=_digest(canonical_json(_read_json(model_dir / "tokenizer.json"))),
-        chat_template_digest=_digest(_chat_template(model_dir).encode("utf-8")),
-        quantization=quantization,
-    )
+    return _fingerprint(model_dir, weights_digest(model_dir), quantization)
 
 
 class FingerprintCache:
@@ -161,13 +155,7 @@ class FingerprintCache:
             known = self._weights_digests.get(key)
             if known is None:
                 known = self._weights_digests[key] = weights_digest(model_dir)
-        return BaseFingerprint(
-            weights_digest=known,
-            config_digest=_config_digest(model_dir),
-            tokenizer_digest=_digest(canonical_json(_read_json(model_dir / "tokenizer.json"))),
-            chat_template_digest=_digest(_chat_template(model_dir).encode("utf-8")),
-            quantization=quantization,
-        )
+        return _fingerprint(model_dir, known, quantization)
 
 
 def weights_digest(model_dir: Path) -> str:
@@ -203,6 +191,16 @@ def num_parameters(model_dir: Path) -> int:
             size *= length
         total += size
     return total
+
+
+def _fingerprint(model_dir: Path, weights: str, quantization: Quantization) -> BaseFingerprint:
+    return BaseFingerprint(
+        weights_digest=weights,
+        config_digest=_config_digest(model_dir),
+        tokenizer_digest=_digest(canonical_json(_read_json(model_dir / "tokenizer.json"))),
+        chat_template_digest=_digest(_chat_template(model_dir).encode("utf-8")),
+        quantization=quantization,
+    )
 
 
 def _tensors(model_dir: Path) -> list[tuple[Path, TensorInfo]]:

@@ -1,0 +1,119 @@
+"""JSON from strangers: one object, no duplicate keys, bounded depth, no NaN, no lone surrogates."""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+from typing import Any, NoReturn
+
+# Consumes whole strings, so that brackets inside them are not counted; never looks at a byte twice.
+_STRUCTURE = re.compile(r'"(?:[^"\\]++|\\.?)*+"?|[{}\[\]]', re.DOTALL)
+
+
+class JsonFault(enum.Enum):
+    """What is wrong with a document."""
+
+    NOT_UTF8 = "not_utf8"
+    BAD_JSON = "bad_json"
+    DUPLICATE_KEY = "duplicate_key"
+
+
+class StrictJsonError(Exception):
+    """A document was refused.
+
+    Attributes:
+        fault: what is wrong.
+        key: the repeated key, for `DUPLICATE_KEY`.
+        top_level: whether the repeated key stands in the outermost object.
+    """
+
+    def __init__(self, fault: JsonFault, message: str, *, key: str = "", top_level: bool = False) -> None:
+        super().__init__(message)
+        self.fault = fault
+        self.key = key
+        self.top_level = top_level
+
+
+class _Object(dict[str, Any]):
+    """An object that remembers the first key given twice."""
+
+    repeated_key: str | None = None
+
+
+def parse_object(data: bytes, *, max_depth: int) -> dict[str, Any]:
+    """Return the JSON object in `data`; its time is linear in `len(data)`.
+
+    Raises:
+        StrictJsonError: not UTF-8, not JSON, not an object, deeper than `max_depth`, or a key is given twice.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise StrictJsonError(JsonFault.NOT_UTF8, f"not UTF-8 at byte {error.start}") from error
+    _check_depth(text, max_depth)
+    try:
+        parsed = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise StrictJsonError(JsonFault.BAD_JSON, f"not JSON: {error}") from error
+    if not isinstance(parsed, _Object):
+        raise StrictJsonError(JsonFault.BAD_JSON, "not a JSON object")
+    _check_repeated(parsed, top_level=True)
+    _check_surrogates(text, parsed)
+    return parsed
+
+
+def canonical_json(value: object) -> bytes:
+    """Return the one spelling of `value` that digests are taken over: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _check_depth(text: str, max_depth: int) -> None:
+    depth = 0
+    for match in _STRUCTURE.finditer(text):
+        mark = match.group()[0]
+        if mark in "{[":
+            depth += 1
+            if depth > max_depth:
+                raise StrictJsonError(JsonFault.BAD_JSON, f"nested deeper than {max_depth} levels")
+        elif mark in "}]":
+            depth -= 1
+
+
+def _object(pairs: list[tuple[str, Any]]) -> _Object:
+    result = _Object(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                result.repeated_key = key
+                break
+            seen.add(key)
+    return result
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _check_repeated(value: object, *, top_level: bool) -> None:
+    if isinstance(value, _Object):
+        if value.repeated_key is not None:
+            message = f"key {value.repeated_key[:80]!r} is given twice"
+            raise StrictJsonError(
+                JsonFault.DUPLICATE_KEY, message, key=value.repeated_key, top_level=top_level
+            )
+        for item in value.values():
+            _check_repeated(item, top_level=False)
+    elif isinstance(value, list):
+        for item in value:
+            _check_repeated(item, top_level=False)
+
+
+def _check_surrogates(text: str, parsed: object) -> None:
+    if "\\u" not in text:
+        return
+    try:
+        json.dumps(parsed, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise StrictJsonError(JsonFault.BAD_JSON, "a string holds half of a surrogate pair") from error
