@@ -81,6 +81,7 @@ class Readiness:
     async def _watch(self, probe: Probe, index: int, interval_seconds: float) -> None:
         pause_seconds = FIRST_RETRY_SECONDS
         failed = False
+        await self.publish()
         while True:
             passes = await _passes(probe, quiet=failed)
             failed = not passes

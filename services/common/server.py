@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Callable, Sequence
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from services.common import logs
 from services.common.config import Address, ServiceSettings
@@ -25,6 +26,8 @@ from services.common.telemetry import Telemetry
 from services.common.transport import MESSAGE_LIMIT_BYTES, METADATA_LIMIT_BYTES
 
 _logger = logging.getLogger("lorafleet.server")
+
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -105,9 +108,7 @@ class ServiceHost:
             RuntimeError: the address cannot be bound.
         """
         health_pb2_grpc.add_HealthServicer_to_server(self._readiness.servicer, self.server)
-        reflection.enable_server_reflection(
-            (*self._services, HEALTH_SERVICE, reflection.SERVICE_NAME), self.server
-        )
+        _add_reflection(self.server, self._services)
         await self._readiness.publish()
         wanted = self._settings.address
         port = self.server.add_insecure_port(str(wanted))
@@ -201,6 +202,19 @@ def _publish_address(settings: ServiceSettings, address: Address) -> None:
     partial = settings.port_file.with_name(settings.port_file.name + ".partial")
     partial.write_text(f"{address}\n", encoding="ascii")
     partial.replace(settings.port_file)
+
+
+def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
+    """Serve reflection as v1alpha, which the library offers, and as v1, whose messages are the same."""
+    servicer = ReflectionServicer((*services, HEALTH_SERVICE, reflection.SERVICE_NAME))
+    method = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    for name in (reflection.SERVICE_NAME, REFLECTION_V1):
+        handlers = grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": method})
+        server.add_generic_rpc_handlers((handlers,))
 
 
 async def _run_logged(hook: Hook) -> None:
