@@ -56,14 +56,19 @@ async def running_host(
 
 
 @asynccontextmanager
+async def foreign_channel(address: str, **options: int) -> AsyncIterator[Any]:
+    """Yield a channel that is not of our making and adds nothing; `Any`, since its messages are bytes."""
+    arguments = [(f"grpc.{name}", value) for name, value in options.items()]
+    async with grpc.aio.insecure_channel(address, options=arguments) as channel:
+        yield channel
+
+
+@asynccontextmanager
 async def plain_channel(
     handlers: grpc.GenericRpcHandler, settings: ServiceSettings | None = None
-) -> AsyncIterator[grpc.aio.Channel]:
-    """Run a host with the handlers; yield a channel that adds nothing to what a test sends."""
-    async with (
-        running_host(handlers, settings) as (_, address),
-        grpc.aio.insecure_channel(address) as channel,
-    ):
+) -> AsyncIterator[Any]:
+    """Run a host with the handlers; yield a foreign channel to it."""
+    async with running_host(handlers, settings) as (_, address), foreign_channel(address) as channel:
         yield channel
 
 
