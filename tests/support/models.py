@@ -1,7 +1,8 @@
 """Tiny but complete models and adapters, made on the spot from a seed.
 
 `make_tiny_llama` writes a folder that transformers can load, train and serve: random weights, a byte-level
-tokenizer (256 bytes and six special tokens) and a chat template. `make_peft_adapter` writes a PEFT folder for it.
+tokenizer (256 bytes and six special tokens) and a chat template. `make_peft_adapter` writes a PEFT folder for
+it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
 END_TOKEN = "<|end|>"
 SPECIAL_TOKENS = (EOS_TOKEN, PAD_TOKEN, *ROLE_TOKENS, END_TOKEN)
 
-# Each turn is closed by the end-of-sequence token, so the rendering of k messages is a prefix of that of k + 1.
+# Each turn is closed by the end-of-sequence token, so the rendering of k messages is a prefix of that of k +
+# 1.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|endoftext|>' }}"

@@ -1,0 +1,1 @@
+"""The engine: a plain object that is stepped, without grpc, protobuf or asyncio."""

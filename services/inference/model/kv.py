@@ -1,0 +1,71 @@
+"""The paged KV cache: the device memory behind the block tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What one token of one sequence takes in the cache."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: keys and values of `block_size` tokens in all layers."""
+        return 2 * self.layers * self.block_size * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, block_size: int, dtype: torch.dtype) -> KvShape:
+        """Read the shape from a transformers config."""
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        return cls(
+            layers=text.num_hidden_layers,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            block_size=block_size,
+            dtype=dtype,
+        )
+
+
+class PagedKv:
+    """Keys and values, one pair of tensors per layer, each [num_blocks, block_size, kv_heads, head_dim].
+
+    The tensors start as zeros: padded table entries are read and then masked, and a masked NaN would still
+    spread.
+    """
+
+    def __init__(self, shape: KvShape, num_blocks: int, device: torch.device) -> None:
+        self.shape = shape
+        self.num_blocks = num_blocks
+        size = (num_blocks, shape.block_size, shape.kv_heads, shape.head_dim)
+        self.keys = [torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.layers)]
+        self.values = [torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.layers)]
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store `key` and `value` [tokens, kv_heads, head_dim] at `slots` [tokens], flat positions in the
+        pages.
+        """
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, value)
+
+    def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather the pages of `tables` [sequences, blocks] as [sequences, blocks * block_size, kv_heads,
+        head_dim].
+        """
+        sequences, blocks = tables.shape
+        rows = tables.flatten()
+        size = (sequences, blocks * self.shape.block_size, self.shape.kv_heads, self.shape.head_dim)
+        keys = self.keys[layer].index_select(0, rows).view(size)
+        values = self.values[layer].index_select(0, rows).view(size)
+        return keys, values
