@@ -1,0 +1,41 @@
+"""The pretraining plan: learning rate, batch shape and mixture as functions of progress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WARMUP_STEPS = 60
+DECAY_FROM = 0.75
+LONG_ROWS_FROM = 0.85
+SHORT_ROW_TOKENS = 256
+LONG_ROW_TOKENS = 1024
+
+_STABLE_MIX = {"children": 0.44, "fiction": 0.26, "instructions": 0.30}
+_DECAY_MIX = {"children": 0.48, "fiction": 0.12, "instructions": 0.40}
+
+
+def learning_rate_factor(step: int, progress: float) -> float:
+    """Warmup, stable, decay: linear up over `WARMUP_STEPS`, then 1, then linear to 0 from `DECAY_FROM` on.
+
+    `progress` is the done share of the run, 0 to 1. See Hu et al. 2024, MiniCPM, section 4 (WSD schedule).
+    """
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    decay = min(1.0, (1.0 - progress) / (1.0 - DECAY_FROM))
+    return warmup * max(0.0, decay)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """What one step reads: `rows` x `row_tokens` token ids, each row from a stream drawn by `mix`."""
+
+    rows: int
+    row_tokens: int
+    mix: dict[str, float]
+
+
+def batch_plan(progress: float, batch_tokens: int) -> BatchPlan:
+    """Short rows first; the last part of the run reads rows of the whole context, and more instructions."""
+    assert batch_tokens % LONG_ROW_TOKENS == 0, batch_tokens
+    row_tokens = LONG_ROW_TOKENS if progress >= LONG_ROWS_FROM else SHORT_ROW_TOKENS
+    mix = _DECAY_MIX if progress >= DECAY_FROM else _STABLE_MIX
+    return BatchPlan(batch_tokens // row_tokens, row_tokens, mix)
