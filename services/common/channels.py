@@ -149,9 +149,18 @@ class _Outgoing:
             details.timeout if details.timeout is not None else self._default_timeout_seconds,
             call_context.remaining_seconds(),
         )
+        timeout_seconds = min((seconds for seconds in timeouts if seconds is not None), default=None)
+        if timeout_seconds is not None and timeout_seconds <= 0:
+            # With a time-out of 0 gRPC sends the call, and may even return its answer.
+            raise grpc.aio.AioRpcError(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                grpc.aio.Metadata(),
+                grpc.aio.Metadata(),
+                details="no time is left for this call",
+            )
         return grpc.aio.ClientCallDetails(
             method=details.method,
-            timeout=min((seconds for seconds in timeouts if seconds is not None), default=None),
+            timeout=timeout_seconds,
             metadata=metadata,
             credentials=details.credentials,
             wait_for_ready=details.wait_for_ready,

@@ -21,7 +21,7 @@ from services.common import logs
 from services.common.config import Address, ServiceSettings
 from services.common.errors import FailedPrecondition, LorafleetError
 from services.common.readiness import PROBE_INTERVAL_SECONDS, Probe, Readiness
-from services.common.rpc import CallInterceptor, standard_layers
+from services.common.rpc import CallInterceptor, DrainLayer, standard_layers
 from services.common.telemetry import Telemetry
 from services.common.transport import MESSAGE_LIMIT_BYTES, METADATA_LIMIT_BYTES
 
@@ -67,6 +67,7 @@ class ServiceHost:
         self._settings = settings
         self._services = tuple(services)
         self._readiness = Readiness(services)
+        self._drain = DrainLayer()
         self._drain_hooks: list[Hook] = []
         self._close_hooks: list[Hook] = []
         self.server = grpc.aio.server(
@@ -75,6 +76,7 @@ class ServiceHost:
                     standard_layers(
                         unary_timeout_seconds=settings.unary_timeout_seconds,
                         stream_timeout_seconds=settings.stream_timeout_seconds,
+                        drain=self._drain,
                     )
                 )
             ],
@@ -123,8 +125,9 @@ class ServiceHost:
         """
         grace_seconds = self._settings.grace_seconds if grace_seconds is None else grace_seconds
         await self._readiness.shut_down()
+        self._drain.begin()
         for hook in self._drain_hooks:
-            await hook()
+            await _run_logged(hook)
         await self.server.stop(grace_seconds)
         for hook in reversed(self._close_hooks):
             await _run_logged(hook)
@@ -222,7 +225,7 @@ async def _run_logged(hook: Hook) -> None:
     try:
         await hook()
     except Exception:
-        _logger.exception("a close hook failed")
+        _logger.exception("a hook failed")
 
 
 __all__ = ["EXIT_FAILED", "EXIT_OK", "ServiceHost", "serve"]

@@ -96,10 +96,12 @@ async def test_no_time_left_means_no_call() -> None:
         ran = True
         return b""
 
-    async with our_channel(echo_service(once=note)) as channel:
-        with call_scope(tenant="acme", timeout_seconds=0), pytest.raises(grpc.aio.AioRpcError) as late:
-            await channel.unary_unary(ONCE)(b"")
-    assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    async with our_channel(echo_service(once=note, stream=note)) as channel:
+        with call_scope(tenant="acme", timeout_seconds=0):
+            for call in (channel.unary_unary(ONCE)(b""), channel.unary_stream(STREAM)(b"").read()):
+                with pytest.raises(grpc.aio.AioRpcError) as late:
+                    await call
+                assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert not ran
 
 

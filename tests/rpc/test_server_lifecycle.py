@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from services.common.config import ServiceSettings
 from services.common.errors import FailedPrecondition, Unavailable
 from services.common.server import ServiceHost
+from services.common.status import from_rpc_error
 from tests.support.rpc import SERVICE, STREAM, TENANT, echo_service, foreign_channel, running_host
 
 ROOT = Path(__file__).parents[2]
@@ -237,12 +238,30 @@ async def test_reflection_lists_the_services(version: str) -> None:
     assert described.file_descriptor_response.file_descriptor_proto
 
 
+async def test_a_health_watch_hears_of_the_end_and_does_not_delay_it() -> None:
+    host = ServiceHost(ServiceSettings(), [SERVICE])
+    await host.ready()
+    address = str(await host.start())
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=60)
+        assert (await watch.read()).status == SERVING
+        started = time.monotonic()
+        await host.stop(grace_seconds=30)
+        assert time.monotonic() - started < 5
+        assert (await watch.read()).status == NOT_SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as ended_watch:
+            await watch.read()
+    assert from_rpc_error(ended_watch.value).reason == "draining"
+
+
 async def test_hooks_run_in_order_and_one_that_fails_stops_no_other() -> None:
     order: list[str] = []
     host = ServiceHost(ServiceSettings(), [SERVICE])
 
     async def drain() -> None:
         order.append("drain")
+        raise ValueError("broken hook")
 
     async def first() -> None:
         order.append("first")

@@ -1,0 +1,24 @@
+"""The catalogue of error reasons, read out of the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from services.common.status import TABLE
+
+ERROR_CLASSES = {row.error_class.__name__: code.value for code, row in TABLE.items()}
+
+
+def error_reasons(root: Path) -> dict[str, set[str]]:
+    """Return each reason that the code under `root` raises, with the codes that it is raised with."""
+    found: dict[str, set[str]] = {}
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+            reason = node.args[0]
+            if name in ERROR_CLASSES and isinstance(reason, ast.Constant) and isinstance(reason.value, str):
+                found.setdefault(reason.value, set()).add(ERROR_CLASSES[name])
+    return found
