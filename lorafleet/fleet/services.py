@@ -1,0 +1,73 @@
+"""The processes of a whole fleet: which, in what order, with what environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from lorafleet.fleet import ports
+from lorafleet.fleet.config import FleetConfig
+from lorafleet.fleet.logfile import LogPump
+from lorafleet.fleet.processes import Child, ServiceProcess, ValkeyProcess
+from lorafleet.fleet.state import StateFolder
+
+SERVICES = ("registry", "inference", "trainer", "gateway")
+PEPPER_SECRET = "key_pepper"  # noqa: S105 - the name of a file
+_GRACE_SECONDS = 10
+
+
+def children(config: FleetConfig, state: StateFolder, pump: LogPump) -> list[Child]:
+    """Return the fleet in the order of its start; any other order would do, some would be slower."""
+    services = [
+        ServiceProcess(
+            name,
+            [sys.executable, "-m", f"services.{name}"],
+            environment(name, config, state),
+            state.log_file(name),
+            pump,
+        )
+        for name in SERVICES
+    ]
+    return [ValkeyProcess(state.valkey, config.ports.valkey), *services]
+
+
+def environment(service: str, config: FleetConfig, state: StateFolder) -> dict[str, str]:
+    """Return the whole environment of one service; settings of ours that the caller's holds do not pass."""
+    own = {"listen": _address(getattr(config.ports, service)), "grace_seconds": str(_GRACE_SECONDS)}
+    own |= _settings(service, config, state)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LORAFLEET_")}
+    prefix = f"LORAFLEET_{service.upper()}_"
+    return inherited | {prefix + name.upper(): value for name, value in own.items()}
+
+
+def _settings(service: str, config: FleetConfig, state: StateFolder) -> dict[str, str]:
+    index = {"redis_url": f"redis://{_address(config.ports.valkey)}/0"}
+    store = {"store_url": state.store.as_uri()}
+    registry = {"registry_target": _address(config.ports.registry)}
+    numbers = {"quantization": config.quantization, "compute_dtype": config.compute_dtype}
+    match service:
+        case "registry":
+            return index | store
+        case "trainer":
+            bases = {"bases": json.dumps({config.base_name: str(config.base_path)})}
+            return index | store | registry | numbers | bases
+        case "inference":
+            base = {"base_name": config.base_name, "base_path": str(config.base_path)}
+            return registry | numbers | base | {"disk_path": str(state.cache)}
+        case "gateway":
+            return (
+                store
+                | registry
+                | {
+                    "trainer_target": _address(config.ports.trainer),
+                    "inference_target": _address(config.ports.inference),
+                    "key_pepper": state.secret(PEPPER_SECRET),
+                }
+            )
+        case _:
+            raise AssertionError(f"no service {service}")
+
+
+def _address(port: int) -> str:
+    return f"{ports.HOST}:{port}"
