@@ -122,7 +122,7 @@ def make_peft_adapter(
     alpha_pattern: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write a PEFT LoRA folder with random, non-zero A and B for the base at `base_path`, and return `out`."""
+    """Write a PEFT LoRA folder with random, non-zero A and B for the base at `base_path`; return `out`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         base = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32, local_files_only=True)
@@ -137,7 +137,7 @@ def make_peft_adapter(
             init_lora_weights=False,
             task_type="CAUSAL_LM",
         )
-        wrap_with_peft(base, config).save_pretrained(out)
+        wrap_with_peft(base, config).save_pretrained(out, save_embedding_layers=False)
     return out
 
 
@@ -151,7 +151,7 @@ def wrap_with_peft(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 
 def load_peft_adapters(base: PreTrainedModel, adapters: Mapping[str, Path]) -> PeftModel:
-    """Return `base` wrapped by PEFT with every folder of `adapters` loaded under its name, in inference mode."""
+    """Return `base` wrapped by PEFT, every folder of `adapters` loaded under its name, in inference mode."""
     names = list(adapters)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -72,10 +72,11 @@ class StopMatcher:
         """Add `text`; return the text that is now certain, and the stop string if one is complete."""
         text = self._held + text
         self._held = ""
-        found = [(text.find(stop), -len(stop), stop) for stop in self._stops if stop in text]
-        if found:
-            position, _, stop = min(found)
-            return text[:position], stop
+        ends = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        if ends:
+            # The first to be complete counts, so that the answer does not depend on how the stream is cut.
+            end, _, stop = min(ends)
+            return text[: end - len(stop)], stop
         keep = self._possible_beginning(text)
         if keep:
             self._held = text[-keep:]

@@ -120,7 +120,7 @@ def test_chunked_prefill_changes_nothing(engine_of: Any, reference: Reference) -
 
 
 def test_preemption_changes_nothing(engine_of: Any, reference: Reference) -> None:
-    engine = engine_of(kv_bytes=40 * 4096, max_model_len=64)
+    engine = engine_of(kv_bytes=80 * 2048, max_model_len=64)
     assert_same_as_alone(engine, reference)
     assert engine.stats().preemptions > 0
 
