@@ -25,6 +25,7 @@ from tests.support.rpc import (
     echo_service,
     foreign_channel,
     our_channel,
+    plain_channel,
     running_host,
 )
 
@@ -186,6 +187,22 @@ async def test_a_message_above_the_limit_is_refused_and_the_connection_survives(
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await ours.unary_unary(ONCE)(bytes(MESSAGE_LIMIT_BYTES + 1), metadata=TENANT)
             assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize(("size_bytes", "is_taken"), [(10_000, True), (20_000, False), (1_000_000, False)])
+async def test_metadata_has_one_fixed_limit(size_bytes: int, is_taken: bool) -> None:
+    async def once(request: bytes, context: Any) -> bytes:
+        return b"here"
+
+    async with plain_channel(echo_service(once=once)) as channel:
+        for _ in range(5):
+            call = channel.unary_unary(ONCE)(b"", metadata=(*TENANT, ("x-big", "x" * size_bytes)))
+            if is_taken:
+                assert await call == b"here"
+            else:
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await call
+        assert await channel.unary_unary(ONCE)(b"", metadata=TENANT) == b"here"
 
 
 async def test_a_channel_finds_its_server_again_after_a_restart() -> None:

@@ -63,6 +63,14 @@ async def failure(call: Any) -> LorafleetError:
     return from_rpc_error(caught.value)
 
 
+async def ended_calls(caplog: pytest.LogCaptureFixture, count: int) -> None:
+    """Wait until the access log has `count` lines; the server ends a call after its client has."""
+    for _ in range(500):
+        if sum(record.name == "lorafleet.access" for record in caplog.records) >= count:
+            break
+        await asyncio.sleep(0.01)
+
+
 async def drain(call: Any) -> None:
     while await call.read() is not grpc.aio.EOF:
         pass
@@ -246,6 +254,28 @@ async def test_a_cancelled_stream_closes_its_generator() -> None:
             await closed.wait()
 
 
+async def test_a_generator_that_waits_for_the_client_is_closed_before_its_call_ends(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def flood(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield bytes(1_000_000)
+        finally:
+            logging.getLogger("test.handler").info("closed")
+
+    async with plain_channel(echo_service(stream=flood)) as channel:
+        call = channel.unary_stream(STREAM)(b"", metadata=TENANT)
+        await call.read()
+        await asyncio.sleep(0.3)
+        call.cancel()
+        await ended_calls(caplog, 1)
+    names = [record.name for record in caplog.records]
+    assert names.index("test.handler") < names.index("lorafleet.access")
+
+
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
@@ -328,6 +358,7 @@ async def test_one_access_line_per_call(caplog: pytest.LogCaptureFixture) -> Non
         slow = method(b"slow", metadata=TENANT)
         await asyncio.sleep(0.1)
         slow.cancel()
+        await ended_calls(caplog, 4)
     lines = [json.loads(JsonFormatter("test").format(record)) for record in caplog.records]
     assert [(line["code"], line["reason"]) for line in lines] == [
         ("OK", None),

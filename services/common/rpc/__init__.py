@@ -1,6 +1,6 @@
 """The server side of every call: one interceptor and its layers, one concern per file.
 
-From the outside in: request id, trace, access log, errors, deadline, drain, tenant, then the servicer's method.
+From the outside in: request id, trace, access log, errors, deadline, drain, tenant, then the method.
 """
 
 from __future__ import annotations
