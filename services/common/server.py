@@ -15,7 +15,6 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_reflection.v1alpha import reflection, reflection_pb2
-from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from services.common import logs
 from services.common.config import Address, ServiceSettings
@@ -209,7 +208,7 @@ def _publish_address(settings: ServiceSettings, address: Address) -> None:
 
 def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
     """Serve reflection as v1alpha, which the library offers, and as v1, whose messages are the same."""
-    servicer = ReflectionServicer((*services, HEALTH_SERVICE, reflection.SERVICE_NAME))
+    servicer = reflection.aio.ReflectionServicer((*services, HEALTH_SERVICE, reflection.SERVICE_NAME))
     method = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
