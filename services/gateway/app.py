@@ -1,0 +1,70 @@
+"""The HTTP application: routers, the layers around them, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+from starlette.exceptions import HTTPException
+
+from services.common.errors import LorafleetError
+from services.common.store import ObjectStore
+from services.gateway import adapters, chat, completions, errors, files, fine_tuning, health, models
+from services.gateway.config import GatewaySettings
+from services.gateway.errors import ClientGoneError
+from services.gateway.keys import KeyRing
+from services.gateway.request_boundary import RequestBoundary
+from services.gateway.served_base import ServedBase
+from services.gateway.state import Gateway
+from services.gateway.uploads import UploadSpace
+from services.gateway.upstream import Upstream
+
+ROUTERS = (
+    health.router,
+    models.router,
+    completions.router,
+    chat.router,
+    files.router,
+    fine_tuning.router,
+    adapters.router,
+)
+
+
+def create_app(settings: GatewaySettings, store: ObjectStore) -> FastAPI:
+    """Return the application; its channels open when it starts and close when it stops.
+
+    Args:
+        settings: where the services are, and the limits.
+        store: holds the API keys.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        upstream = Upstream(settings)
+        app.state.gateway = Gateway(
+            settings=settings,
+            upstream=upstream,
+            keys=KeyRing(store, settings.key_pepper.get_secret_value(), settings.key_cache_seconds),
+            served_base=ServedBase(upstream.inference),
+            uploads=UploadSpace(settings.max_file_bytes, settings.max_concurrent_uploads),
+        )
+        yield
+        await upstream.close()
+
+    # No generated pages: they would be routes without a key.
+    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_exception_handler(LorafleetError, errors.on_lorafleet_error)
+    app.add_exception_handler(grpc.RpcError, errors.on_rpc_error)
+    app.add_exception_handler(HTTPException, errors.on_http_exception)
+    app.add_exception_handler(RequestValidationError, errors.on_bad_parameters)
+    app.add_exception_handler(ClientGoneError, errors.on_client_gone)
+    app.add_middleware(RequestBoundary)
+    # Outside of ours, so that the access log knows the trace. Spans per chunk would drown it.
+    app.add_middleware(OpenTelemetryMiddleware, exclude_spans=["receive", "send"])
+    return app

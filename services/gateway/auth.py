@@ -1,0 +1,42 @@
+"""Who may use a route: a dependency that every router but health carries."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+from starlette.requests import Request
+
+from services.common.call_context import call_scope
+from services.common.errors import PermissionDenied
+from services.gateway.keys import Scope
+from services.gateway.state import gateway_of
+
+
+def requires(scope: Scope | None = None) -> Callable[[Request], AsyncIterator[None]]:
+    """Return the dependency that admits valid keys with `scope` (any valid key when None).
+
+    What runs inside acts for the key's tenant: every call to a service carries it.
+
+    Raises:
+        Unauthenticated: `invalid_api_key`.
+        PermissionDenied: `permission_denied`.
+    """
+
+    async def admit(request: Request) -> AsyncIterator[None]:
+        principal = await gateway_of(request).keys.authenticate(_bearer_token(request))
+        request.state.tenant = principal.tenant
+        if scope is not None and scope not in principal.scopes:
+            raise PermissionDenied("permission_denied", f"this API key may not be used for {scope.value}")
+        with call_scope(tenant=principal.tenant):
+            yield
+
+    return admit
+
+
+def _bearer_token(request: Request) -> str | None:
+    """Return the one bearer token of a request; two headers count as none."""
+    headers = request.headers.getlist("authorization")
+    if len(headers) != 1:
+        return None
+    scheme, _, token = headers[0].partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None

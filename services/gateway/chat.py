@@ -1,0 +1,125 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from lorafleet.inference.v1.generation_pb2 import Delta, GenerateRequest, PositionLogprobs
+from services.common.ids import new_id
+from services.gateway.auth import requires
+from services.gateway.chat_request import ChatRequest
+from services.gateway.disconnect import while_connected
+from services.gateway.generation import GenerationGroup, TokenCounts, admit, collect, finish_reason
+from services.gateway.json_body import json_body
+from services.gateway.keys import Scope
+from services.gateway.logprobs import chat_logprobs
+from services.gateway.model_choice import chosen_model
+from services.gateway.sampling import sampling_params
+from services.gateway.sse import EventStream
+from services.gateway.state import Gateway, gateway_of
+
+router = APIRouter(dependencies=[Depends(requires(Scope.INFERENCE))])
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An admitted request: what was asked, and what answers."""
+
+    body: ChatRequest
+    id: str
+    created: int
+    group: GenerationGroup
+
+    def frame(self, kind: str) -> dict[str, Any]:
+        """Return what every object of this answer has in common."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.body.model,
+            "system_fingerprint": self.group.fingerprint,
+        }
+
+    def logprobs(self, positions: Sequence[PositionLogprobs]) -> dict[str, Any] | None:
+        """Return the `logprobs` object of a choice, or None where it was not asked for."""
+        return None if self.body.alternatives is None else chat_logprobs(positions)
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(
+    request: Request, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))]
+) -> Response:
+    """Answer a conversation `n` times; as one object or, with `stream`, as events."""
+    gateway = gateway_of(request)
+    if body.stream:
+        answer = await while_connected(request, _admit(gateway, request.state.tenant, body))
+        group = answer.group
+        return EventStream(_chunks(answer), on_close=group.cancel, headers=group.headers)
+    return await while_connected(request, _whole(gateway, request.state.tenant, body))
+
+
+async def _whole(gateway: Gateway, tenant: str, body: ChatRequest) -> Response:
+    answer = await _admit(gateway, tenant, body)
+    collected, counts = await collect(answer.group, body.completions)
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(completion.text), "refusal": None},
+            "logprobs": answer.logprobs(completion.logprobs),
+            "finish_reason": completion.finish_reason,
+        }
+        for index, completion in enumerate(collected)
+    ]
+    return JSONResponse(
+        {**answer.frame("chat.completion"), "choices": choices, "usage": counts.object()},
+        headers=answer.group.headers,
+    )
+
+
+async def _chunks(answer: Answer) -> AsyncGenerator[dict[str, Any]]:
+    """Yield the stream's objects: a role for each choice, the deltas, the ends, the counts."""
+    body, counts = answer.body, TokenCounts()
+    usage: dict[str, Any] = {"usage": None} if body.wants_usage_in_stream else {}
+    frame = {**answer.frame("chat.completion.chunk"), **usage}
+    for index in range(body.completions):
+        yield {**frame, "choices": [_choice(index, {"role": "assistant", "content": "", "refusal": None})]}
+    async with aclosing(answer.group.events()) as events:
+        async for prompt, item in events:
+            if isinstance(item, Delta):
+                if item.text or item.logprobs:
+                    logprobs = answer.logprobs(item.logprobs)
+                    yield {**frame, "choices": [_choice(item.index, {"content": item.text}, logprobs)]}
+            else:
+                counts.add(prompt, item.usage)
+                yield {**frame, "choices": [_choice(item.index, {}, end=finish_reason(item))]}
+    if usage:
+        yield {**frame, "choices": [], "usage": counts.object()}
+
+
+async def _admit(gateway: Gateway, tenant: str, body: ChatRequest) -> Answer:
+    generate = GenerateRequest(
+        model=await chosen_model(gateway, tenant, body.model, requests=1),
+        chat=body.prompt(),
+        sampling=sampling_params(body, max_tokens=body.completion_limit, logprobs=body.alternatives),
+    )
+    group = await admit(
+        gateway.upstream.inference,
+        [generate],
+        completions=body.completions,
+        timeout_seconds=gateway.settings.stream_timeout_seconds,
+    )
+    return Answer(body, new_id("chatcmpl"), int(time.time()), group)
+
+
+def _choice(
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, *, end: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": end}

@@ -1,0 +1,120 @@
+"""The life of the gateway process: bind, listen, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Generator
+
+import uvicorn
+
+from services.common import logs
+from services.common.config import Address
+from services.common.errors import FailedPrecondition, LorafleetError
+from services.common.store import open_store
+from services.common.telemetry import Telemetry
+from services.gateway.app import create_app
+from services.gateway.config import GatewaySettings
+
+_logger = logging.getLogger("lorafleet.gateway")
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+_BACKLOG = 2048
+
+
+class GatewayServer(uvicorn.Server):
+    """uvicorn with the signals and the start-up message of our other services."""
+
+    def __init__(self, config: uvicorn.Config, settings: GatewaySettings, address: Address) -> None:
+        super().__init__(config)
+        self._settings = settings
+        self._address = address
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, then tell whoever waits where."""
+        await super().startup(sockets)
+        _logger.info("listening", extra={"address": str(self._address)})
+        if self._settings.port_file is not None:
+            await asyncio.to_thread(_publish, self._settings, self._address)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Drain at SIGTERM or SIGINT and end with exit status 0, instead of dying by the signal."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._drain, number)
+        yield
+
+    def _drain(self, number: signal.Signals) -> None:
+        _logger.info("draining", extra={"signal": number.name, "grace_seconds": self._settings.grace_seconds})
+        self.should_exit = True
+
+
+async def serve(settings: GatewaySettings) -> int:
+    """Run the gateway until SIGTERM or SIGINT and return the exit code."""
+    logs.configure("gateway", settings.log_level)
+    telemetry = Telemetry("gateway", settings.otlp_endpoint)
+    try:
+        listener = bind(settings)
+        app = create_app(settings, open_store(settings.store_url, **store_credentials(settings)))
+    except (LorafleetError, OSError) as error:
+        _logger.error("cannot start", extra={"detail": str(error)})
+        return EXIT_FAILED
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.grace_seconds),
+    )
+    with contextlib.closing(listener):
+        server = GatewayServer(config, settings, Address(*listener.getsockname()[:2]))
+        await server.serve(sockets=[listener])
+    await asyncio.to_thread(telemetry.shutdown)
+    _logger.info("stopped")
+    return EXIT_OK
+
+
+def bind(settings: GatewaySettings) -> socket.socket:
+    """Return a socket that listens where the settings say.
+
+    Raises:
+        FailedPrecondition: `insecure_bind`; other machines could read the API keys on their way.
+        OSError: the address cannot be bound.
+    """
+    address = settings.address
+    if not address.is_loopback and not settings.insecure_bind:
+        raise FailedPrecondition(
+            "insecure_bind",
+            f"{address} can be reached from other machines, and keys travel in plain text; listen on loopback "
+            "behind a TLS proxy, or set LORAFLEET_GATEWAY_INSECURE_BIND=true in a closed network",
+            field="listen",
+            value=str(address),
+        )
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    return socket.create_server(address, family=family, backlog=_BACKLOG)
+
+
+def store_credentials(settings: GatewaySettings) -> dict[str, str | None]:
+    """Return the store's access and secret key for `open_store`."""
+    access, secret = settings.store_access_key, settings.store_secret_key
+    return {
+        "access_key": access.get_secret_value() if access else None,
+        "secret_key": secret.get_secret_value() if secret else None,
+    }
+
+
+def _publish(settings: GatewaySettings, address: Address) -> None:
+    """Write the bound address; a reader never sees half of it."""
+    assert settings.port_file is not None
+    partial = settings.port_file.with_name(settings.port_file.name + ".partial")
+    partial.write_text(f"{address}\n", encoding="ascii")
+    partial.replace(settings.port_file)

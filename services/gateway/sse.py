@@ -1,0 +1,74 @@
+"""Server-sent events: one JSON object per event, `[DONE]` at a good end, an error object at a bad one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from services.common.errors import LorafleetError
+from services.gateway.disconnect import race
+from services.gateway.errors import ClientGoneError, error_body, from_upstream, internal
+
+_logger = logging.getLogger("lorafleet.gateway.sse")
+
+DONE = b"data: [DONE]\n\n"
+
+
+class EventStream(Response):
+    """Sends objects as they come; closes their source when they end, fail or the client leaves."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        source: AsyncGenerator[Mapping[str, Any]],
+        *,
+        on_close: Callable[[], object],
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Take the objects to send, and what frees their source: it is called in any case."""
+        self._source = source
+        self._on_close = on_close
+        self.status_code = 200
+        self.background = None
+        # Proxies that buffer would turn a stream into one late answer.
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the whole stream."""
+        try:
+            await race(receive, self._send_all(send))
+        except ClientGoneError:
+            _logger.info("the client left the stream")
+        finally:
+            self._on_close()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        last = DONE
+        async with aclosing(self._source) as source:
+            try:
+                async for item in source:
+                    await send({"type": "http.response.body", "body": event(item), "more_body": True})
+            except LorafleetError as error:
+                last = event(error_body(error))
+            except grpc.RpcError as error:
+                last = event(error_body(from_upstream(error)))
+            except Exception:
+                _logger.exception("unexpected exception in a stream")
+                last = event(error_body(internal()))
+        await send({"type": "http.response.body", "body": last, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def event(item: Mapping[str, Any]) -> bytes:
+    """Return one event. JSON in ASCII escapes every line break and control character of a text."""
+    text = json.dumps(item, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode("ascii")

@@ -1,0 +1,49 @@
+"""Upstream errors in the terms of the HTTP API: its field names, and one error for every absent model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from services.common.errors import FieldViolation, LorafleetError
+from services.gateway.errors import model_not_found
+
+_MODEL_REASONS = frozenset({"adapter_not_found", "version_not_found", "alias_not_found", "base_not_found"})
+_GENERATION_FIELDS = {
+    "model.adapter": "model",
+    "adapter": "model",
+    "ref": "model",
+    "sampling.": "",
+    "chat.messages": "messages",
+    "chat": "messages",
+    "text": "prompt",
+    "tokens.token_ids": "prompt",
+    "tokens": "prompt",
+}
+
+
+def in_http_terms(error: LorafleetError, fields: Mapping[str, str] | None = None) -> LorafleetError:
+    """Return the error with its fields renamed; a model that is absent becomes `model_not_found`.
+
+    Args:
+        error: what a service reported.
+        fields: from the beginning of a service's field path to what stands in its place; those of generation
+            when None.
+    """
+    table = _GENERATION_FIELDS if fields is None else fields
+    if error.reason in _MODEL_REASONS:
+        return model_not_found()
+    error.field = error.field and _renamed(error.field, table)
+    error.violations = tuple(
+        FieldViolation(_renamed(violation.field, table), violation.description, violation.reason)
+        for violation in error.violations
+    )
+    return error
+
+
+def _renamed(path: str, table: Mapping[str, str]) -> str:
+    for beginning, replacement in table.items():
+        if path == beginning or (
+            path.startswith(beginning) and (beginning.endswith(".") or path[len(beginning)] in ".[")
+        ):
+            return replacement + path[len(beginning) :]
+    return path
