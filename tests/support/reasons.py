@@ -12,7 +12,7 @@ ERROR_CLASSES = {row.error_class.__name__: code for code, row in TABLE.items()}
 
 
 def error_reasons(root: Path) -> dict[str, dict[Code, list[str]]]:
-    """Return each reason that the code under `root` raises: its codes, and the places (`file:line`) of each."""
+    """Return each reason raised under `root`: its codes, and the places (`file:line`) of each code."""
     found: dict[str, dict[Code, list[str]]] = {}
     for path in sorted(root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
