@@ -9,8 +9,11 @@ from services.inference.adapters.cache import AdapterCache, CacheBudget
 from services.inference.adapters.disk import DiskTier, Fetcher
 from services.inference.adapters.slots import DeviceSlots, StackCache
 from services.inference.config import EngineConfig
+from services.inference.engine.batch import Batch
 from services.inference.engine.engine import Engine
 from services.inference.engine.request import RequestLimits
+from services.inference.engine.runner import Runner
+from services.inference.model.attention import AttentionStep, PrefillSpan
 from services.inference.model.kv import KvShape, PagedKv
 from services.inference.model.loader import BaseModel, load_base
 
@@ -19,14 +22,15 @@ def build_engine(config: EngineConfig, fetcher: Fetcher) -> Engine:
     """Load the base model, allocate the KV cache and start the adapter loaders.
 
     Raises:
-        FailedPrecondition: `base_not_found`, `tokenizer_not_fast`, or `kv_too_small` where not even one block
-        fits.
+        FailedPrecondition: `base_not_found`, `tokenizer_not_fast`, or `kv_too_small` for one block.
+        Unimplemented: `attention_feature_unsupported`, of the base's architecture.
     """
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     device, dtype = config.torch_device, config.torch_dtype
     base = load_base(config.base_path, quantization=config.quantization, dtype=dtype, device=device)
     kv = _allocate_kv(config, base)
+    _run_once(base, kv)
     adapters = AdapterCache(
         fetcher,
         DiskTier(config.adapter_cache_path, config.adapter_disk_bytes),
@@ -58,6 +62,22 @@ def _allocate_kv(config: EngineConfig, base: BaseModel) -> PagedKv:
             limit=shape.block_bytes,
         )
     return PagedKv(shape, num_blocks, base.device)
+
+
+def _run_once(base: BaseModel, kv: PagedKv) -> None:
+    """Run one token, so that an architecture we cannot serve is refused now, not by the first request."""
+    zero = torch.zeros(1, dtype=torch.long, device=base.device)
+    span = PrefillSpan(start=0, length=1, context=0, table=zero[None])
+    batch = Batch(
+        chunks=(),
+        input_ids=zero[None],
+        position_ids=zero[None],
+        attention=AttentionStep(kv, zero, decodes=(), prefills=(span,)),
+        adapter_groups=(),
+        logit_rows=zero,
+        logit_spans=(),
+    )
+    Runner(base).run(batch)
 
 
 def _max_model_len(config: EngineConfig, base: BaseModel, kv: PagedKv) -> int:

@@ -217,7 +217,9 @@ def test_running_streams_do_not_wait_for_a_slow_load(engine: Engine, fetcher: Fo
 
 def test_a_deadline_ends_a_request_with_its_name(base: Path, fetcher: FolderFetcher, make: Any) -> None:
     engine = make()
-    hurried = Request("r", tuple(PROMPT), SamplingParams(max_tokens=400, ignore_eos=True), None, time.monotonic() + 0.05)
+    hurried = Request(
+        "r", tuple(PROMPT), SamplingParams(max_tokens=400, ignore_eos=True), None, time.monotonic() + 0.05
+    )
     engine.add(hurried)
     events = run_all(engine)["r"]
     assert isinstance(last(events).error, DeadlineExceeded)
