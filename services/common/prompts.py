@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from services.common.adapter_format.strict_json import StrictJsonError, parse_object
 from services.common.chat_template import ChatTemplate, Message, Rendering, check_messages
 from services.common.errors import FailedPrecondition, InvalidArgument
+from services.common.token_bytes import TokenBytes
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _JSON_DEPTH = 64
@@ -38,6 +39,7 @@ class PromptEncoder:
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
+        self.token_bytes = TokenBytes(tokenizer)
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.eos_token_ids = eos_token_ids
         self._aliases: dict[str, str] = {}

@@ -316,6 +316,17 @@ def test_decode_refuses_unknown_ids(tiny: Path) -> None:
     assert encoder.decode([0, *encoder.encode_text("é")], skip_special_tokens=True) == "é"
 
 
+@pytest.mark.parametrize("make", FOLDERS)
+def test_bytes_of_the_tokens_join_to_the_text(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    encoder = PromptEncoder.load(make(tmp_path / "model"))
+    text = "naïve 🚢 — 日本語\n\x00\u2028 end"
+    joined = b"".join(encoder.token_bytes[token_id] for token_id in encoder.encode_completion(text))
+    assert joined.decode().lstrip() == text
+    special = encoder.encode_chat([Message("user", "x")])
+    assert encoder.token_bytes[special[-1]] in encoder.decode([special[-1]]).encode()
+    assert encoder.token_bytes[10**6] == b""
+
+
 def test_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition) as caught:
         PromptEncoder.load(tmp_path)

@@ -1,0 +1,125 @@
+"""Fetching adapter files from the registry: on loader threads, resumed after a cut, checked by digest."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Generator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from lorafleet.registry.v1.adapter_pb2 import DownloadVersionRequest
+from lorafleet.registry.v1.adapter_pb2_grpc import AdapterServiceStub
+from services.common import status
+from services.common.errors import Code, DataLoss
+from services.common.rpc.tenant import TENANT_KEY
+from services.common.transport import MESSAGE_LIMIT_BYTES, METADATA_LIMIT_BYTES
+from services.inference.resolver import adapter_unavailable
+from services.inference.sources import AdapterSource, AdapterSources, SourceFile
+
+_ATTEMPTS_WITHOUT_PROGRESS = 4
+_FIRST_PAUSE_SECONDS = 0.1
+_RETRIED = frozenset({Code.UNAVAILABLE, Code.ABORTED, Code.UNKNOWN})
+_UNREACHABLE = _RETRIED | {Code.DEADLINE_EXCEEDED, Code.CANCELLED}
+_OPTIONS: tuple[tuple[str, Any], ...] = (
+    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_metadata_size", METADATA_LIMIT_BYTES),
+    ("grpc.absolute_max_metadata_size", METADATA_LIMIT_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+class RegistryFetcher:
+    """The engine's fetcher. Its calls are synchronous, on a channel of its own: loader threads block."""
+
+    def __init__(self, target: str, sources: AdapterSources, *, timeout_seconds: float) -> None:
+        """Fetch from the registry at `HOST:PORT`, each version within `timeout_seconds`."""
+        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._adapters = AdapterServiceStub(self._channel)
+        self._sources = sources
+        self._timeout_seconds = timeout_seconds
+
+    def close(self) -> None:
+        """End the downloads under way."""
+        self._channel.close()
+
+    def fetch(self, digest: str, into: Path) -> None:
+        """Write the version's files to the empty folder `into`.
+
+        Raises:
+            Unavailable: `adapter_unavailable` where the registry cannot be reached, or not fast enough.
+            DataLoss: `digest_mismatch` where the bytes are not those of the version, or `corrupt_blob`.
+            LorafleetError: what the registry says, e.g. `adapter_deleted`.
+        """
+        source = self._sources.require(digest)
+        deadline = time.monotonic() + self._timeout_seconds
+        for name, file in source.files.items():
+            self._fetch_file(source, name, file, into / name, deadline)
+
+    def _fetch_file(
+        self, source: AdapterSource, name: str, file: SourceFile, path: Path, deadline: float
+    ) -> None:
+        digest = hashlib.sha256()
+        received = 0
+        failures = 0
+        with path.open("xb") as out:
+            while received < file.size_bytes:
+                before = received
+                try:
+                    with closing(self._chunks(source, name, received, deadline)) as chunks:
+                        for data in chunks:
+                            received += len(data)
+                            if received > file.size_bytes:
+                                raise _mismatch(source, name)
+                            digest.update(data)
+                            out.write(data)
+                    if received < file.size_bytes:
+                        raise _mismatch(source, name)
+                except grpc.RpcError as error:
+                    failures = 1 if received > before else failures + 1
+                    self._pause_or_give_up(error, failures, deadline)
+        if "sha256:" + digest.hexdigest() != file.digest:
+            raise _mismatch(source, name)
+
+    def _chunks(
+        self, source: AdapterSource, name: str, offset: int, deadline: float
+    ) -> Generator[bytes, None, None]:
+        """Yield the bytes of one file from `offset` on."""
+        responses = self._adapters.DownloadVersion(
+            DownloadVersionRequest(ref=source.ref, file=name, offset=offset),
+            timeout=max(0.0, deadline - time.monotonic()),
+            metadata=((TENANT_KEY, source.tenant),),
+        )
+        try:
+            for response in responses:
+                if response.offset != offset:
+                    raise _mismatch(source, name)
+                offset += len(response.data)
+                yield response.data
+        finally:
+            responses.cancel()
+
+    def _pause_or_give_up(self, error: grpc.RpcError, failures: int, deadline: float) -> None:
+        """Wait before the next attempt, or raise what the failure means."""
+        refusal = status.from_rpc_error(error)
+        if refusal.code not in _UNREACHABLE:
+            raise refusal from error
+        pause_seconds = _FIRST_PAUSE_SECONDS * 2 ** (failures - 1)
+        hopeless = failures >= _ATTEMPTS_WITHOUT_PROGRESS or time.monotonic() + pause_seconds >= deadline
+        if refusal.code not in _RETRIED or hopeless:
+            raise adapter_unavailable(refusal) from error
+        time.sleep(pause_seconds)
+
+
+def _mismatch(source: AdapterSource, name: str) -> DataLoss:
+    return DataLoss(
+        "digest_mismatch",
+        f"What the registry sent as {name} of {source.version_ref} does not match its digest.",
+        resource=f"adapters/{source.version_ref}",
+    )
