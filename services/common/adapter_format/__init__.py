@@ -2,6 +2,7 @@
 
 from services.common.adapter_format.config import LoraConfig, parse_config
 from services.common.adapter_format.export import AdapterCard, export_folder
+from services.common.adapter_format.identity import version_digest
 from services.common.adapter_format.limits import DEFAULT_LIMITS, AdapterLimits
 from services.common.adapter_format.reader import (
     CARD_FILE,
@@ -35,4 +36,5 @@ __all__ = [
     "read_adapter",
     "read_folder",
     "read_header",
+    "version_digest",
 ]

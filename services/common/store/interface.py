@@ -54,9 +54,9 @@ class ObjectStore(Protocol):
     def put(self, key: str, data: bytes | Iterable[bytes], *, if_absent: bool = False) -> None:
         """Store `data`, in place of what was there.
 
-        With `if_absent`, raises `ObjectExistsError` where the key is taken. Among writers that race for one key a
-        directory lets one win; S3 may let several, so it serves keys whose content is given by the key, and
-        unique keys.
+        With `if_absent`, raises `ObjectExistsError` where the key is taken. Among writers that race for one
+        key a directory lets one win; S3 may let several, so it serves keys whose content is given by the key,
+        and unique keys.
         """
         ...
 
@@ -72,8 +72,8 @@ class ObjectStore(Protocol):
         """Yield bytes `offset` to `offset + length` (None: to the end) in chunks of at most
         `STREAM_CHUNK_BYTES`.
 
-        Yields nothing from beyond the end. Raises `ObjectNotFoundError` at the first step. A consumer that stops
-        early closes the iterator, which gives the connection back.
+        Yields nothing from beyond the end. Raises `ObjectNotFoundError` at the first step. A consumer that
+        stops early closes the iterator, which gives the connection back.
         """
         ...
 
@@ -82,7 +82,7 @@ class ObjectStore(Protocol):
         ...
 
     def list(self, prefix: str, *, start_after: str = "") -> Iterator[ObjectStat]:
-        """Yield the objects whose key begins with `prefix` and is above `start_after`, in the order of keys."""
+        """Yield the objects whose key begins with `prefix` and is above `start_after`, in order of keys."""
         ...
 
     def delete(self, key: str) -> None:
@@ -95,7 +95,7 @@ class ObjectStore(Protocol):
 
 
 def checked_key(key: str) -> str:
-    """Return `key` if it is well formed, and raise `ValueError` otherwise: keys are never built by a caller."""
+    """Return `key` if it is well formed; raise `ValueError` otherwise: keys are never built by callers."""
     if len(key) > MAX_KEY_CHARS or not _KEY.fullmatch(key):
         raise ValueError(f"{key[:200]!r} cannot be an object key")
     return key

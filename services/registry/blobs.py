@@ -1,0 +1,137 @@
+"""Bytes by their digest: received to a scratch file, stored once, checked whenever they are read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncGenerator, Generator
+from pathlib import Path
+from typing import BinaryIO
+
+from services.common.errors import DataLoss, OutOfRange, ResourceExhausted
+from services.common.store import ObjectExistsError, ObjectNotFoundError, ObjectStore
+from services.registry.keys import blob_key
+from services.registry.uninterrupted import in_thread
+
+
+class Upload:
+    """Bytes on their way in: written to `path` and hashed as they come."""
+
+    def __init__(self, path: Path, *, max_bytes: int, field: str) -> None:
+        self.path = path
+        self.size_bytes = 0
+        self._max_bytes = max_bytes
+        self._field = field
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO = path.open("xb")
+
+    @property
+    def digest(self) -> str:
+        """`sha256:<hex>` of what came so far."""
+        return "sha256:" + self._hash.hexdigest()
+
+    def write(self, data: bytes) -> None:
+        """Append `data`; beyond the limit nothing is kept. Raises `ResourceExhausted` (`too_large`)."""
+        if self.size_bytes + len(data) > self._max_bytes:
+            raise too_large(self._field, self.size_bytes + len(data), self._max_bytes)
+        self._file.write(data)
+        self._hash.update(data)
+        self.size_bytes += len(data)
+
+    def close(self) -> None:
+        """Close the file, which stays where it is."""
+        self._file.close()
+
+    def finish(self) -> None:
+        """Hand everything to the operating system, so that `path` can be read."""
+        self._file.flush()
+
+
+class Blobs:
+    """The blobs of the object store."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    async def keep(self, digest: str, path: Path) -> None:
+        """Store the bytes of `path`, whose digest is `digest`; durable on return, equal bytes kept once."""
+        await in_thread(self._keep, digest, path)
+
+    async def stream(
+        self, digest: str, *, size_bytes: int, offset: int, length: int | None
+    ) -> AsyncGenerator[tuple[int, bytes], None]:
+        """Yield (offset, bytes) from `offset` on; the last piece only once the whole blob proved to be
+        intact.
+
+        Args:
+            digest, size_bytes: which blob, and its size as recorded.
+            offset: first byte wanted.
+            length: bytes wanted; None means to the end, and more than there is means to the end too.
+
+        Raises:
+            OutOfRange: `bad_range`.
+            DataLoss: `corrupt_blob`.
+        """
+        if offset > size_bytes:
+            message = f"The file has {size_bytes} bytes; offset {offset} lies beyond its end."
+            raise OutOfRange("bad_range", message, field="offset", value=offset, limit=size_bytes)
+        end = size_bytes if length is None else min(size_bytes, offset + length)
+        pieces = self._checked_pieces(digest, size_bytes, offset, end)
+        try:
+            while (piece := await in_thread(next, pieces, None)) is not None:
+                yield piece
+        finally:
+            await in_thread(pieces.close)
+
+    def _keep(self, digest: str, path: Path) -> None:
+        key = blob_key(digest)
+        try:
+            self._store.put_file(key, path, if_absent=True)
+        except ObjectExistsError:
+            # A damaged copy is worth less than the good bytes at hand.
+            if not self._is_intact(key, digest):
+                self._store.put_file(key, path)
+
+    def _is_intact(self, key: str, digest: str) -> bool:
+        found = hashlib.sha256()
+        for chunk in self._store.stream(key):
+            found.update(chunk)
+        return "sha256:" + found.hexdigest() == digest
+
+    def _checked_pieces(
+        self, digest: str, size_bytes: int, offset: int, end: int
+    ) -> Generator[tuple[int, bytes], None, None]:
+        found = hashlib.sha256()
+        position = 0
+        held: tuple[int, bytes] | None = None
+        try:
+            for chunk in self._store.stream(blob_key(digest)):
+                found.update(chunk)
+                start, stop = max(offset, position), min(end, position + len(chunk))
+                if start < stop:
+                    if held is not None:
+                        yield held
+                    held = (start, chunk[start - position : stop - position])
+                position += len(chunk)
+        except ObjectNotFoundError as error:
+            raise _corrupt(digest) from error
+        if position != size_bytes or "sha256:" + found.hexdigest() != digest:
+            raise _corrupt(digest)
+        if held is not None:
+            yield held
+
+
+def too_large(field: str, size_bytes: int, limit_bytes: int) -> ResourceExhausted:
+    """The error for bytes beyond a limit."""
+    return ResourceExhausted(
+        "too_large",
+        f"{field} has at least {size_bytes} bytes; the limit is {limit_bytes}.",
+        field=field,
+        value=size_bytes,
+        limit=limit_bytes,
+        final=True,
+    )
+
+
+def _corrupt(digest: str) -> DataLoss:
+    message = "The stored bytes do not match their digest."
+    return DataLoss("corrupt_blob", message, resource=digest, final=True)

@@ -1,0 +1,182 @@
+"""AdapterService."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from lorafleet.registry.v1 import adapter_pb2, adapter_pb2_grpc
+from services.common.call_context import current_tenant
+from services.common.errors import InvalidArgument
+from services.common.names import AdapterRef
+from services.registry import convert, paging
+from services.registry.adapters import Adapters
+from services.registry.aliases import Aliases
+from services.registry.publishing import Incoming
+from services.registry.servicers.chunks import check_chunk, length_or_all
+from services.registry.uninterrupted import in_thread
+
+
+class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
+    """Publishes, resolves, serves and retires versions, and moves aliases, for the tenant of the call."""
+
+    def __init__(self, adapters: Adapters, aliases: Aliases, scratch_dir: Path | None) -> None:
+        self._adapters = adapters
+        self._aliases = aliases
+        self._scratch_dir = scratch_dir
+
+    async def PublishVersion(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[adapter_pb2.PublishVersionRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> adapter_pb2.AdapterVersion:
+        """See adapter.proto."""
+        tenant = current_tenant()
+        publication = convert.publication_from_message(await _header(request_iterator))
+        version = await self._adapters.published(tenant, publication)
+        if version is None:
+            with (
+                tempfile.TemporaryDirectory(prefix="lorafleet-publish-", dir=self._scratch_dir) as folder,
+                contextlib.closing(Incoming(publication, Path(folder))) as incoming,
+            ):
+                async for request in request_iterator:
+                    if request.WhichOneof("message") != "chunk":
+                        raise InvalidArgument(
+                            "bad_stream", "After the header only chunks may follow.", field="message"
+                        )
+                    check_chunk(request.chunk.data)
+                    await in_thread(incoming.write, request.chunk.file, request.chunk.data)
+                version = await self._adapters.publish(tenant, publication, incoming)
+        return convert.version_to_message(version)
+
+    async def GetAdapter(  # noqa: N802
+        self, request: adapter_pb2.GetAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapter_pb2.Adapter:
+        """See adapter.proto."""
+        return convert.adapter_to_message(await self._adapters.overview(current_tenant(), request.adapter))
+
+    async def ListAdapters(  # noqa: N802
+        self, request: adapter_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapter_pb2.ListAdaptersResponse:
+        """See adapter.proto."""
+        size = paging.page_size(request.page_size)
+        after = paging.position(request.page_token)
+        found, more = await self._adapters.page(current_tenant(), after, size, request.name_contains)
+        return adapter_pb2.ListAdaptersResponse(
+            adapters=[convert.adapter_to_message(adapter) for adapter in found],
+            next_page_token=paging.token_after(found[-1].name) if more else "",
+        )
+
+    async def DeleteAdapter(  # noqa: N802
+        self, request: adapter_pb2.DeleteAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapter_pb2.DeleteAdapterResponse:
+        """See adapter.proto."""
+        await self._adapters.delete(current_tenant(), request.adapter)
+        return adapter_pb2.DeleteAdapterResponse()
+
+    async def ResolveVersion(  # noqa: N802
+        self, request: adapter_pb2.ResolveVersionRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapter_pb2.AdapterVersion:
+        """See adapter.proto."""
+        ref = AdapterRef.parse(request.ref, field="ref")
+        return convert.version_to_message(await self._adapters.resolve(current_tenant(), ref))
+
+    async def ListVersions(  # noqa: N802
+        self, request: adapter_pb2.ListVersionsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapter_pb2.ListVersionsResponse:
+        """See adapter.proto."""
+        versions, more = await self._adapters.versions_page(
+            current_tenant(),
+            request.adapter,
+            paging.number_position(request.page_token),
+            paging.page_size(request.page_size),
+            include_deleted=request.include_deleted,
+        )
+        return adapter_pb2.ListVersionsResponse(
+            versions=[convert.version_to_message(version) for version in versions],
+            next_page_token=paging.token_after(versions[-1].record.version) if more else "",
+        )
+
+    async def DownloadVersion(  # noqa: N802
+        self, request: adapter_pb2.DownloadVersionRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[adapter_pb2.DownloadVersionResponse]:
+        """See adapter.proto."""
+        ref = AdapterRef.parse(request.ref, field="ref")
+        version = await self._adapters.resolve(current_tenant(), ref)
+        pieces = self._adapters.download(
+            version, request.file, offset=request.offset, length=length_or_all(request.length)
+        )
+        async with contextlib.aclosing(pieces):
+            async for offset, data in pieces:
+                yield adapter_pb2.DownloadVersionResponse(offset=offset, data=data)
+
+    async def DeleteVersion(  # noqa: N802
+        self, request: adapter_pb2.DeleteVersionRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapter_pb2.AdapterVersion:
+        """See adapter.proto."""
+        version = await self._adapters.delete_version(current_tenant(), request.adapter, request.version)
+        return convert.version_to_message(version)
+
+    async def SetAlias(  # noqa: N802
+        self, request: adapter_pb2.SetAliasRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapter_pb2.Alias:
+        """See adapter.proto."""
+        expected = request.expected_generation if request.HasField("expected_generation") else None
+        move = await self._aliases.set(
+            current_tenant(), request.adapter, request.alias, request.version, expected_generation=expected
+        )
+        return convert.alias_to_message(move)
+
+    async def ListAliases(  # noqa: N802
+        self, request: adapter_pb2.ListAliasesRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapter_pb2.ListAliasesResponse:
+        """See adapter.proto."""
+        moves = await self._aliases.current(current_tenant(), request.adapter)
+        return adapter_pb2.ListAliasesResponse(aliases=[convert.alias_to_message(move) for move in moves])
+
+    async def ListAliasHistory(  # noqa: N802
+        self, request: adapter_pb2.ListAliasHistoryRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapter_pb2.ListAliasHistoryResponse:
+        """See adapter.proto."""
+        moves, more = await self._aliases.history(
+            current_tenant(),
+            request.adapter,
+            request.alias,
+            paging.number_position(request.page_token),
+            paging.page_size(request.page_size),
+        )
+        return adapter_pb2.ListAliasHistoryResponse(
+            moves=[convert.alias_to_message(move) for move in moves],
+            next_page_token=paging.token_after(moves[-1].generation) if more else "",
+        )
+
+    async def RollbackAlias(  # noqa: N802
+        self, request: adapter_pb2.RollbackAliasRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapter_pb2.Alias:
+        """See adapter.proto."""
+        expected = request.expected_generation if request.HasField("expected_generation") else None
+        move = await self._aliases.rollback(
+            current_tenant(), request.adapter, request.alias, expected_generation=expected
+        )
+        return convert.alias_to_message(move)
+
+    async def DeleteAlias(  # noqa: N802
+        self, request: adapter_pb2.DeleteAliasRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapter_pb2.DeleteAliasResponse:
+        """See adapter.proto."""
+        await self._aliases.delete(current_tenant(), request.adapter, request.alias)
+        return adapter_pb2.DeleteAliasResponse()
+
+
+async def _header(
+    requests: AsyncIterator[adapter_pb2.PublishVersionRequest],
+) -> adapter_pb2.PublishVersionHeader:
+    first = await anext(requests, None)
+    if first is None or first.WhichOneof("message") != "header":
+        raise InvalidArgument("bad_stream", "The first message must be the header.", field="message")
+    return first.header
