@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import FailFast, Field, model_validator
+from pydantic import Field, model_validator
 
 from services.gateway.json_body import field_error
 from services.gateway.sampling import MAX_ALTERNATIVES, GenerationFields, MaxTokens, TokenId
@@ -13,7 +13,7 @@ DEFAULT_MAX_TOKENS = 16
 MAX_CHOICES = 128
 
 Prompt = str | list[int]
-_Tokens = Annotated[list[TokenId], FailFast(), Field(min_length=1)]
+_Tokens = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 
 
 class CompletionRequest(GenerationFields):
@@ -27,9 +27,9 @@ class CompletionRequest(GenerationFields):
 
     prompt: (
         str
-        | Annotated[list[str], FailFast(), Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
         | _Tokens
-        | Annotated[list[_Tokens], FailFast(), Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[_Tokens], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
     )
     max_tokens: MaxTokens | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None

@@ -39,7 +39,7 @@ def job_object(job: Job, tenant: str) -> dict[str, Any]:
     options = {
         name: value
         for name, value in plain(job.spec).items()
-        if value not in (None, []) and name not in ("batch_size", "n_epochs")
+        if value not in (None, [], "") and name not in ("batch_size", "n_epochs")
     }
     return {
         "id": job.id,

@@ -94,8 +94,8 @@ def bind(settings: GatewaySettings) -> socket.socket:
     if not address.is_loopback and not settings.insecure_bind:
         raise FailedPrecondition(
             "insecure_bind",
-            f"{address} can be reached from other machines, and keys travel in plain text; listen on loopback "
-            "behind a TLS proxy, or set LORAFLEET_GATEWAY_INSECURE_BIND=true in a closed network",
+            f"{address} can be reached from other machines, and keys travel in plain text; listen on "
+            "loopback behind a TLS proxy, or set LORAFLEET_GATEWAY_INSECURE_BIND=true in a closed network",
             field="listen",
             value=str(address),
         )

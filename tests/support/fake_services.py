@@ -1,0 +1,497 @@
+"""Small services on real ports for tests of the gateway: files and aliases in memory, scripted answers and jobs.
+
+They keep to the contract as far as the gateway sees it, and record what they were asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from lorafleet.inference.v1 import generation_pb2 as gen
+from lorafleet.inference.v1 import inference_service_pb2 as inf
+from lorafleet.inference.v1.inference_service_pb2_grpc import InferenceServiceServicer
+from lorafleet.registry.v1 import adapter_pb2 as reg
+from lorafleet.registry.v1 import file_pb2 as files
+from lorafleet.registry.v1.adapter_pb2_grpc import AdapterServiceServicer
+from lorafleet.registry.v1.file_pb2_grpc import FileServiceServicer
+from lorafleet.trainer.v1 import job_pb2 as job
+from lorafleet.trainer.v1 import trainer_service_pb2 as trn
+from lorafleet.trainer.v1.trainer_service_pb2_grpc import TrainerServiceServicer
+from services.common.call_context import current_tenant
+from services.common.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    LorafleetError,
+    NotFound,
+    ResourceExhausted,
+)
+from services.common.ids import new_id
+from services.common.names import AdapterRef
+
+BASE = "tiny-base"
+FINGERPRINT = "sha256:" + "b" * 64
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def now() -> Timestamp:
+    """The present, in whole seconds."""
+    return Timestamp(seconds=int(time.time()))
+
+
+def digest_of(*parts: object) -> str:
+    """A digest over the texts of `parts`."""
+    return "sha256:" + hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+class FakeFiles(FileServiceServicer):
+    """Files by tenant and id, in memory."""
+
+    def __init__(self, limit_bytes: int = 1 << 20) -> None:
+        self.stored: dict[tuple[str, str], tuple[files.File, bytes]] = {}
+        self.limit_bytes = limit_bytes
+        self.largest_message_bytes = 0
+
+    async def CreateFile(
+        self, request_iterator: AsyncIterator[files.CreateFileRequest], context: Context
+    ) -> files.File:
+        header, data = None, b""
+        async for request in request_iterator:
+            self.largest_message_bytes = max(self.largest_message_bytes, request.ByteSize())
+            if request.WhichOneof("message") == "header":
+                header = request.header
+            data += request.data
+            if len(data) > self.limit_bytes:
+                raise ResourceExhausted("too_large", "the file is too large")
+        assert header is not None
+        if not data:
+            raise InvalidArgument("empty_file", "the file is empty", field="data")
+        if header.digest != "sha256:" + hashlib.sha256(data).hexdigest():
+            raise InvalidArgument("digest_mismatch", "the bytes have another digest")
+        made = files.File(
+            id=new_id("file"),
+            filename=header.filename,
+            purpose=header.purpose,
+            size_bytes=len(data),
+            digest=header.digest,
+            create_time=now(),
+        )
+        self.stored[current_tenant(), made.id] = (made, data)
+        return made
+
+    async def GetFile(self, request: files.GetFileRequest, context: Context) -> files.File:
+        return self._entry(request.file_id)[0]
+
+    async def ListFiles(self, request: files.ListFilesRequest, context: Context) -> files.ListFilesResponse:
+        own = [made for (tenant, _), (made, _) in self.stored.items() if tenant == current_tenant()]
+        wanted = [made for made in reversed(own) if request.purpose in (0, made.purpose)]
+        start = int(request.page_token or 0)
+        end = start + (request.page_size or 100)
+        token = str(end) if end < len(wanted) else ""
+        return files.ListFilesResponse(files=wanted[start:end], next_page_token=token)
+
+    async def DownloadFile(
+        self, request: files.DownloadFileRequest, context: Context
+    ) -> AsyncIterator[files.DownloadFileResponse]:
+        data = self._entry(request.file_id)[1]
+        for offset in range(0, len(data), 1000):
+            yield files.DownloadFileResponse(offset=offset, data=data[offset : offset + 1000])
+
+    async def DeleteFile(
+        self, request: files.DeleteFileRequest, context: Context
+    ) -> files.DeleteFileResponse:
+        self._entry(request.file_id)
+        del self.stored[current_tenant(), request.file_id]
+        return files.DeleteFileResponse()
+
+    def _entry(self, file_id: str) -> tuple[files.File, bytes]:
+        entry = self.stored.get((current_tenant(), file_id))
+        if entry is None:
+            raise NotFound("file_not_found", "no such file", resource=f"files/{file_id[:80]}")
+        return entry
+
+
+class FakeAdapters(AdapterServiceServicer):
+    """Adapter versions and aliases by tenant, in memory."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[tuple[str, str], reg.Adapter] = {}
+        self.versions: dict[tuple[str, str], list[reg.AdapterVersion]] = {}
+        self.history: dict[tuple[str, str, str], list[reg.Alias]] = {}
+        self.resolved: list[str] = []
+
+    def publish(
+        self, name: str, *, tenant: str = "default", fingerprint: str = FINGERPRINT
+    ) -> reg.AdapterVersion:
+        """Add the next version of an adapter."""
+        versions = self.versions.setdefault((tenant, name), [])
+        version = reg.AdapterVersion(
+            adapter=name,
+            version=len(versions) + 1,
+            digest=digest_of(tenant, name, len(versions) + 1),
+            state=reg.VersionState.VERSION_STATE_READY,
+            base_fingerprint_digest=fingerprint,
+            base_model=BASE,
+            create_time=now(),
+        )
+        versions.append(version)
+        adapter = self.adapters.setdefault(
+            (tenant, name), reg.Adapter(name=name, create_time=version.create_time)
+        )
+        adapter.latest_version.CopyFrom(version)
+        adapter.num_versions = len(versions)
+        return version
+
+    def point(self, name: str, alias: str, version: int, *, tenant: str = "default") -> reg.Alias:
+        """Move an alias."""
+        moves = self.history.setdefault((tenant, name, alias), [])
+        moved = reg.Alias(
+            adapter=name,
+            name=alias,
+            version=version,
+            digest=self.versions[tenant, name][version - 1].digest,
+            generation=len(moves) + 1,
+            update_time=now(),
+        )
+        moves.append(moved)
+        adapter = self.adapters[tenant, name]
+        kept = [other for other in adapter.aliases if other.name != alias]
+        del adapter.aliases[:]
+        adapter.aliases.extend([*kept, moved])
+        return moved
+
+    def resolve(self, text: str, tenant: str) -> reg.AdapterVersion:
+        """Return the version that a reference names now."""
+        ref = AdapterRef.parse(text, field="ref")
+        versions = self.versions.get((tenant, ref.name))
+        if not versions:
+            raise NotFound("adapter_not_found", "no such adapter", field="ref")
+        if ref.alias is not None:
+            moves = self.history.get((tenant, ref.name, ref.alias))
+            if not moves:
+                raise NotFound("alias_not_found", "no such alias", field="ref")
+            return versions[moves[-1].version - 1]
+        if ref.version is None and ref.digest is None:
+            return versions[-1]
+        for version in versions:
+            if ref.version == version.version or ref.digest == version.digest:
+                return version
+        raise NotFound("version_not_found", "no such version", field="ref")
+
+    async def ResolveVersion(
+        self, request: reg.ResolveVersionRequest, context: Context
+    ) -> reg.AdapterVersion:
+        self.resolved.append(request.ref)
+        return self.resolve(request.ref, current_tenant())
+
+    async def GetAdapter(self, request: reg.GetAdapterRequest, context: Context) -> reg.Adapter:
+        return self._adapter(request.adapter)
+
+    async def ListAdapters(
+        self, request: reg.ListAdaptersRequest, context: Context
+    ) -> reg.ListAdaptersResponse:
+        own = [entry for (tenant, _), entry in sorted(self.adapters.items()) if tenant == current_tenant()]
+        start = int(request.page_token or 0)
+        end = start + (request.page_size or 100)
+        token = str(end) if end < len(own) else ""
+        return reg.ListAdaptersResponse(adapters=own[start:end], next_page_token=token)
+
+    async def ListVersions(
+        self, request: reg.ListVersionsRequest, context: Context
+    ) -> reg.ListVersionsResponse:
+        self._adapter(request.adapter)
+        versions = self.versions[current_tenant(), request.adapter]
+        return reg.ListVersionsResponse(versions=versions[::-1])
+
+    async def ListAliases(self, request: reg.ListAliasesRequest, context: Context) -> reg.ListAliasesResponse:
+        return reg.ListAliasesResponse(aliases=self._adapter(request.adapter).aliases)
+
+    async def SetAlias(self, request: reg.SetAliasRequest, context: Context) -> reg.Alias:
+        self._adapter(request.adapter)
+        moves = self.history.get((current_tenant(), request.adapter, request.alias), [])
+        if request.HasField("expected_generation") and request.expected_generation != len(moves):
+            raise Aborted("alias_conflict", "somebody else moved the alias", final=True)
+        return self.point(request.adapter, request.alias, request.version, tenant=current_tenant())
+
+    async def RollbackAlias(self, request: reg.RollbackAliasRequest, context: Context) -> reg.Alias:
+        moves = self.history.get((current_tenant(), request.adapter, request.alias), [])
+        if not moves:
+            raise NotFound("alias_not_found", "no such alias", field="alias")
+        if len(moves) < 2:
+            raise FailedPrecondition("no_previous_version", "the alias never moved")
+        return self.point(request.adapter, request.alias, moves[-2].version, tenant=current_tenant())
+
+    async def ListAliasHistory(
+        self, request: reg.ListAliasHistoryRequest, context: Context
+    ) -> reg.ListAliasHistoryResponse:
+        moves = self.history.get((current_tenant(), request.adapter, request.alias), [])
+        return reg.ListAliasHistoryResponse(moves=moves[::-1])
+
+    def _adapter(self, name: str) -> reg.Adapter:
+        adapter = self.adapters.get((current_tenant(), name))
+        if adapter is None:
+            raise NotFound("adapter_not_found", "no such adapter", field="adapter")
+        return adapter
+
+
+@dataclass
+class Script:
+    """How a generation goes: an error at once, or texts, then an error, a halt or an end."""
+
+    refuse: LorafleetError | None = None
+    texts: list[str] = field(default_factory=lambda: ["Hello", " world"])
+    fail: LorafleetError | None = None
+    hang: bool = False
+    hang_before_start: bool = False
+    pause_seconds: float = 0.0
+    reason: gen.FinishReason.ValueType = gen.FinishReason.FINISH_REASON_STOP
+
+
+class FakeInference(InferenceServiceServicer):
+    """Answers by the script of the prompt's text (or of the last message), else by the default one."""
+
+    def __init__(self, adapters: FakeAdapters) -> None:
+        self._adapters = adapters
+        self.scripts: dict[str, Script] = {}
+        self.requests: list[gen.GenerateRequest] = []
+        self.started = 0
+        self.cancelled = 0
+        self.ended = 0
+        self.resident: list[inf.ResidentAdapter] = []
+
+    async def Generate(
+        self, request: gen.GenerateRequest, context: Context
+    ) -> AsyncIterator[gen.GenerateResponse]:
+        self.requests.append(request)
+        try:
+            async for response in self._generate(request):
+                yield response
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled += 1
+            raise
+        finally:
+            self.ended += 1
+
+    async def _generate(self, request: gen.GenerateRequest) -> AsyncIterator[gen.GenerateResponse]:
+        text = self._text(request)
+        script = self.scripts.get(text, Script())
+        if script.refuse is not None:
+            raise script.refuse
+        version = reg.AdapterVersion()
+        if request.model.WhichOneof("target") == "adapter":
+            version = self._adapters.resolve(request.model.adapter, current_tenant())
+        self.started += 1
+        if script.hang_before_start:
+            await asyncio.sleep(3600)
+        prompt = self._tokens(text)
+        started = gen.Started(
+            request_id=new_id("gen"),
+            version_digest=version.digest,
+            version_ref=f"{version.adapter}:{version.version}" if version.adapter else "",
+            prompt_tokens=len(prompt),
+            base_fingerprint_digest=FINGERPRINT,
+        )
+        if request.sampling.HasField("prompt_logprobs"):
+            started.prompt_logprobs.extend(
+                self._position(token, request.sampling.prompt_logprobs) for token in prompt[1:]
+            )
+        yield gen.GenerateResponse(started=started)
+        completions = request.sampling.n or 1
+        for piece in script.texts:
+            for index in range(completions):
+                delta = gen.Delta(index=index, text=piece)
+                if request.sampling.HasField("logprobs"):
+                    delta.logprobs.append(self._position(piece.encode(), request.sampling.logprobs))
+                yield gen.GenerateResponse(delta=delta)
+                await asyncio.sleep(script.pause_seconds)
+        if script.fail is not None:
+            raise script.fail
+        if script.hang:
+            await asyncio.sleep(3600)
+        for index in range(completions):
+            usage = gen.Usage(prompt_tokens=len(prompt), completion_tokens=len(script.texts))
+            finished = gen.Finished(index=index, reason=script.reason, usage=usage)
+            yield gen.GenerateResponse(finished=finished)
+
+    async def Tokenize(self, request: inf.TokenizeRequest, context: Context) -> inf.TokenizeResponse:
+        tokens = self._tokens(request.text)
+        return inf.TokenizeResponse(token_ids=[token[0] for token in tokens], tokens=tokens)
+
+    async def Detokenize(self, request: inf.DetokenizeRequest, context: Context) -> inf.DetokenizeResponse:
+        return inf.DetokenizeResponse(text=bytes(request.token_ids).decode())
+
+    async def ListResident(
+        self, request: inf.ListResidentRequest, context: Context
+    ) -> inf.ListResidentResponse:
+        return inf.ListResidentResponse(adapters=self.resident)
+
+    async def GetStatus(self, request: inf.GetStatusRequest, context: Context) -> inf.EngineStatus:
+        return inf.EngineStatus(
+            base_model=BASE, base_fingerprint_digest=FINGERPRINT, start_time=Timestamp(seconds=1_700_000_000)
+        )
+
+    @staticmethod
+    def _text(request: gen.GenerateRequest) -> str:
+        kind = request.WhichOneof("prompt")
+        if kind == "text":
+            return request.text
+        if kind == "tokens":
+            return bytes(request.tokens.token_ids).decode()
+        return request.chat.messages[-1].content
+
+    @staticmethod
+    def _tokens(text: str) -> list[bytes]:
+        """One token per byte."""
+        return [bytes([byte]) for byte in text.encode()]
+
+    @staticmethod
+    def _position(token: bytes, alternatives: int) -> gen.PositionLogprobs:
+        chosen = gen.TokenLogprob(token_id=token[0], text=token, logprob=-0.5)
+        others = [
+            gen.TokenLogprob(token_id=number, text=b"alt%d" % number, logprob=-1.0 - number)
+            for number in range(1, alternatives)
+        ]
+        return gen.PositionLogprobs(chosen=chosen, alternatives=[chosen, *others][:alternatives])
+
+
+class FakeTrainer(TrainerServiceServicer):
+    """Jobs in memory; a test moves them along by hand."""
+
+    def __init__(self, has_file: Callable[[str, str], bool]) -> None:
+        self._has_file = has_file
+        self.jobs: dict[str, job.Job] = {}
+        self.tenants: dict[str, str] = {}
+        self.events: dict[str, list[job.JobEvent]] = {}
+        self.checkpoints: dict[str, list[job.Checkpoint]] = {}
+        self.requests: list[trn.CreateJobRequest] = []
+        self._keys: dict[str, tuple[bytes, str]] = {}
+
+    def add_event(self, job_id: str, message: str, **fields: Any) -> job.JobEvent:
+        """Append an event to a job."""
+        events = self.events[job_id]
+        fields.setdefault("level", job.EventLevel.EVENT_LEVEL_INFO)
+        made = job.JobEvent(
+            id=f"ftevent-{job_id.removeprefix('ftjob-')}-{len(events):06d}",
+            job_id=job_id,
+            create_time=now(),
+            message=message,
+            **fields,
+        )
+        events.append(made)
+        return made
+
+    def succeed(self, job_id: str, version: reg.AdapterVersion) -> None:
+        """End a job well, with a version as its result."""
+        made = self.jobs[job_id]
+        made.state = job.JobState.JOB_STATE_SUCCEEDED
+        made.end_time.CopyFrom(now())
+        made.trained_tokens = 1234
+        made.result.CopyFrom(
+            job.JobResult(
+                adapter=version.adapter,
+                version=version.version,
+                digest=version.digest,
+                fine_tuned_model=f"ft:{BASE}:{self.tenants[job_id]}:{version.adapter}:v{version.version}",
+                result_files=["file-results"],
+                evaluation=[job.EvaluationMetric(name="exact_match", base_value=0.1, adapter_value=0.9, rows=50)],
+            )
+        )
+        self.add_event(job_id, "The job has succeeded", state=job.JobState.JOB_STATE_SUCCEEDED)
+
+    async def CreateJob(self, request: trn.CreateJobRequest, context: Context) -> job.Job:
+        self.requests.append(request)
+        body = request.SerializeToString(deterministic=True)
+        if request.idempotency_key in self._keys:
+            known_body, job_id = self._keys[request.idempotency_key]
+            if known_body != body:
+                raise FailedPrecondition("idempotency_key_reused", "the key belongs to another request")
+            return self.jobs[job_id]
+        if request.base_model != BASE:
+            raise NotFound("base_not_found", "no such base", field="base_model")
+        if request.spec.HasField("rank") and not 1 <= request.spec.rank <= 256:
+            raise InvalidArgument("bad_hyperparameter", "rank must be 1 to 256", field="spec.rank", limit="1-256")
+        if not self._has_file(current_tenant(), request.training_file):
+            raise NotFound("file_not_found", "no such file", field="training_file")
+        made = job.Job(
+            id=new_id("ftjob"),
+            state=job.JobState.JOB_STATE_QUEUED,
+            base_model=request.base_model,
+            training_file=request.training_file,
+            validation_file=request.validation_file,
+            spec=request.spec,
+            seed=request.seed,
+            metadata=request.metadata,
+            create_time=now(),
+        )
+        made.adapter = request.adapter or made.id
+        self.jobs[made.id] = made
+        self.tenants[made.id] = current_tenant()
+        self.events[made.id] = []
+        self.checkpoints[made.id] = []
+        if request.idempotency_key:
+            self._keys[request.idempotency_key] = (body, made.id)
+        self.add_event(made.id, "Created", state=made.state)
+        return made
+
+    async def GetJob(self, request: trn.GetJobRequest, context: Context) -> job.Job:
+        return self._job(request.job_id)
+
+    async def ListJobs(self, request: trn.ListJobsRequest, context: Context) -> trn.ListJobsResponse:
+        own = [made for made in self.jobs.values() if self.tenants[made.id] == current_tenant()]
+        wanted = [made for made in own[::-1] if request.metadata.items() <= made.metadata.items()]
+        start = int(request.page_token or 0)
+        end = start + (request.page_size or 100)
+        return trn.ListJobsResponse(
+            jobs=wanted[start:end], next_page_token=str(end) if end < len(wanted) else ""
+        )
+
+    async def CancelJob(self, request: trn.CancelJobRequest, context: Context) -> job.Job:
+        made = self._job(request.job_id)
+        if made.state == job.JobState.JOB_STATE_SUCCEEDED:
+            raise FailedPrecondition("already_finished", "the job has ended", resource=f"jobs/{made.id}")
+        made.state = job.JobState.JOB_STATE_CANCELLED
+        made.end_time.CopyFrom(now())
+        self.add_event(made.id, "Cancelled", state=made.state)
+        return made
+
+    async def WatchJob(self, request: trn.WatchJobRequest, context: Context) -> AsyncIterator[job.JobEvent]:
+        made = self._job(request.job_id)
+        events = self.events[made.id]
+        ids = [event.id for event in events]
+        if request.after_event_id and request.after_event_id not in ids:
+            raise NotFound("event_not_found", "no such event", field="after_event_id")
+        position = ids.index(request.after_event_id) + 1 if request.after_event_id else 0
+        while True:
+            for event in events[position:]:
+                yield event
+            position = len(events)
+            if made.state >= job.JobState.JOB_STATE_SUCCEEDED:
+                return
+            await asyncio.sleep(0.01)
+
+    async def ListEvents(self, request: trn.ListEventsRequest, context: Context) -> trn.ListEventsResponse:
+        events = self.events[self._job(request.job_id).id][::-1]
+        start = int(request.page_token or 0)
+        end = start + (request.page_size or 100)
+        return trn.ListEventsResponse(
+            events=events[start:end], next_page_token=str(end) if end < len(events) else ""
+        )
+
+    async def ListCheckpoints(
+        self, request: trn.ListCheckpointsRequest, context: Context
+    ) -> trn.ListCheckpointsResponse:
+        return trn.ListCheckpointsResponse(checkpoints=self.checkpoints[self._job(request.job_id).id][::-1])
+
+    def _job(self, job_id: str) -> job.Job:
+        if self.tenants.get(job_id) != current_tenant():
+            raise NotFound("job_not_found", "no such job", resource=f"jobs/{job_id[:80]}")
+        return self.jobs[job_id]

@@ -1,0 +1,161 @@
+"""A gateway on a real port before fake services on real ports, all on one background thread."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from pydantic import SecretStr
+
+from lorafleet.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
+from lorafleet.registry.v1.adapter_pb2_grpc import add_AdapterServiceServicer_to_server
+from lorafleet.registry.v1.file_pb2_grpc import add_FileServiceServicer_to_server
+from lorafleet.trainer.v1.trainer_service_pb2_grpc import add_TrainerServiceServicer_to_server
+from services.common.config import ServiceSettings
+from services.common.server import ServiceHost
+from services.common.store import DirectoryStore
+from services.gateway import upstream
+from services.gateway.app import create_app
+from services.gateway.config import GatewaySettings
+from services.gateway.keys import KeyRing, Scope
+from tests.support.fake_services import FakeAdapters, FakeFiles, FakeInference, FakeTrainer
+
+PEPPER = "a pepper for tests, long enough"
+WAIT_SECONDS = 10.0
+
+
+@dataclass
+class GatewayUnderTest:
+    """The gateway's address, a key for tenant `default`, and the services behind it."""
+
+    url: str
+    key: str
+    keys: KeyRing
+    files: FakeFiles
+    adapters: FakeAdapters
+    inference: FakeInference
+    trainer: FakeTrainer
+    hosts: dict[str, ServiceHost]
+    loop: asyncio.AbstractEventLoop
+
+    def http(self, key: str | None = None, **options: Any) -> httpx.Client:
+        """A plain HTTP client that sends a key."""
+        headers = {"authorization": f"Bearer {key or self.key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=WAIT_SECONDS, **options)
+
+    def new_key(self, tenant: str = "default", *scopes: Scope, lifetime_seconds: int | None = None) -> str:
+        """Another key."""
+        return self.keys.create(tenant, scopes or tuple(Scope), lifetime_seconds=lifetime_seconds)
+
+
+@contextmanager
+def running_gateway(folder: Path, **changes: Any) -> Iterator[GatewayUnderTest]:
+    """Run everything; `changes` are settings of the gateway."""
+    started = threading.Event()
+    made: list[GatewayUnderTest] = []
+    ends: list[Callable[[], object]] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            asyncio.run(_serve(folder, changes, made, ends, started))
+        except BaseException as error:  # noqa: BLE001 - handed to the test's thread below
+            failures.append(error)
+            started.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    started.wait(WAIT_SECONDS)
+    try:
+        if failures:
+            raise failures[0]
+        yield made[0]
+    finally:
+        for end in ends:
+            made[0].loop.call_soon_threadsafe(end)
+        thread.join(WAIT_SECONDS)
+        assert not thread.is_alive(), "the gateway did not stop"
+    assert not failures
+
+
+async def _serve(
+    folder: Path,
+    changes: dict[str, Any],
+    made: list[GatewayUnderTest],
+    ends: list[Callable[[], object]],
+    started: threading.Event,
+) -> None:
+    files, adapters = FakeFiles(), FakeAdapters()
+    inference = FakeInference(adapters)
+    trainer = FakeTrainer(lambda tenant, file_id: (tenant, file_id) in files.stored)
+    registry_host = ServiceHost(ServiceSettings(), [upstream.ADAPTER_SERVICE, upstream.FILE_SERVICE])
+    trainer_host = ServiceHost(ServiceSettings(), [upstream.TRAINER_SERVICE])
+    inference_host = ServiceHost(ServiceSettings(), [upstream.INFERENCE_SERVICE])
+    add_FileServiceServicer_to_server(files, registry_host.server)
+    add_AdapterServiceServicer_to_server(adapters, registry_host.server)
+    add_TrainerServiceServicer_to_server(trainer, trainer_host.server)
+    add_InferenceServiceServicer_to_server(inference, inference_host.server)
+    hosts = {"registry": registry_host, "trainer": trainer_host, "inference": inference_host}
+    targets = {f"{name}_target": str(await host.start()) for name, host in hosts.items()}
+    for host in hosts.values():
+        await host.ready()
+    store = DirectoryStore(folder / "store")
+    settings = GatewaySettings(
+        **{"store_url": f"file://{folder}/store", "key_pepper": SecretStr(PEPPER), **targets, **changes}
+    )
+    keys = KeyRing(store, PEPPER, cache_seconds=0)
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(create_app(settings, store), http="h11", ws="none", lifespan="on", log_config=None)
+    server = uvicorn.Server(config)
+    ends.append(lambda: setattr(server, "should_exit", True))
+    made.append(
+        GatewayUnderTest(
+            url=f"http://127.0.0.1:{listener.getsockname()[1]}",
+            key=keys.create("default"),
+            keys=keys,
+            files=files,
+            adapters=adapters,
+            inference=inference,
+            trainer=trainer,
+            hosts=hosts,
+            loop=asyncio.get_running_loop(),
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    started.set()
+    await serving
+    for host in hosts.values():
+        await host.stop(grace_seconds=0)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:
+    """Return as soon as the condition holds; fail when it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "what was waited for did not come"
+        time.sleep(0.01)
+
+
+def sse_objects(text: str) -> tuple[list[dict[str, Any]], bool]:
+    """Return the objects of a stream of server-sent events, and whether it ended with `[DONE]`."""
+    blocks = text.split("\n\n")
+    assert blocks.pop() == "", "the last event is cut"
+    payloads = []
+    for block in blocks:
+        assert block.startswith("data: "), block
+        assert "\n" not in block, block
+        payloads.append(block.removeprefix("data: "))
+    is_done = payloads[-1:] == ["[DONE]"]
+    return [json.loads(payload) for payload in (payloads[:-1] if is_done else payloads)], is_done
