@@ -11,12 +11,14 @@ import lorafleet
 from lorafleet.fleet import ports
 from lorafleet.fleet.errors import FleetError
 from lorafleet.fleet.state import StateFolder, write_private
+from services.common.errors import InvalidArgument
+from services.common.names import base_name
 
 BUNDLED_BASE_NAME = "lorafleet-5m"
 _DEFAULT_PORTS = {"valkey": 7100, "registry": 7101, "trainer": 7102, "inference": 7103, "gateway": 8000}
 
 Quantization = Literal["nf4", "none"]
-ComputeDtype = Literal["float32", "bfloat16", "float16"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Ports(BaseModel):
@@ -39,7 +41,7 @@ class FleetConfig(BaseModel):
     base_name: str
     base_path: Path
     quantization: Quantization = "nf4"
-    compute_dtype: ComputeDtype = "float32"
+    compute_dtype: ComputeDtype = "auto"
     ports: Ports
 
     @property
@@ -88,14 +90,18 @@ def settle(recorded: FleetConfig | None, wishes: Wishes) -> FleetConfig:
         FleetError: the base is no model folder, or the public port is in use.
     """
     base_path = wishes.base_path or (recorded.base_path if recorded else bundled_base())
-    base_name = wishes.base_name or _default_name(base_path, recorded)
+    wanted_name = wishes.base_name or _default_name(base_path, recorded)
     if not (base_path / "config.json").is_file():
         raise FleetError(f"{base_path} is no model folder: it has no config.json; name one with --base PATH")
+    try:
+        name = base_name(wanted_name)
+    except InvalidArgument as error:
+        raise FleetError(f"{error.message}, not {wanted_name!r}; choose one with --base-name") from error
     return FleetConfig(
-        base_name=base_name,
+        base_name=name,
         base_path=base_path.resolve(),
         quantization=wishes.quantization or (recorded.quantization if recorded else "nf4"),
-        compute_dtype=wishes.compute_dtype or (recorded.compute_dtype if recorded else "float32"),
+        compute_dtype=wishes.compute_dtype or (recorded.compute_dtype if recorded else "auto"),
         ports=_settle_ports(recorded.ports if recorded else None, wishes.port),
     )
 

@@ -80,6 +80,23 @@ def up(
     return Fleet(state, config, supervisor_pid, api_key, was_running=running)
 
 
+def prepare_foreground(state: StateFolder, wishes: Wishes) -> Fleet:
+    """Do what comes before the supervisor, for a caller that then becomes it by `supervisor_command`.
+
+    Raises:
+        FleetError: a fleet runs already, or cannot be prepared.
+    """
+    if lock.holder(state.lock_file) is not None:
+        raise FleetError(f"a fleet already runs on {state.root}")
+    config = prepare(state, wishes)
+    return Fleet(state, config, os.getpid(), _api_key(config, state), was_running=False)
+
+
+def supervisor_command(state: StateFolder) -> list[str]:
+    """Return the command line of the supervisor's process."""
+    return [sys.executable, "-m", "lorafleet.fleet", "--state", str(state.root)]
+
+
 def prepare(state: StateFolder, wishes: Wishes) -> FleetConfig:
     """Make the state folder ready for a supervisor and return what it will run with.
 
@@ -144,7 +161,7 @@ def _running_config(state: StateFolder, wishes: Wishes) -> FleetConfig:
 def _spawn_daemon(state: StateFolder) -> subprocess.Popen[bytes]:
     with state.log_file("fleet").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "lorafleet.fleet", "--state", str(state.root)],
+            supervisor_command(state),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -45,16 +45,24 @@ def _settings(service: str, config: FleetConfig, state: StateFolder) -> dict[str
     index = {"redis_url": f"redis://{_address(config.ports.valkey)}/0"}
     store = {"store_url": state.store.as_uri()}
     registry = {"registry_target": _address(config.ports.registry)}
-    numbers = {"quantization": config.quantization, "compute_dtype": config.compute_dtype}
     match service:
         case "registry":
             return index | store
         case "trainer":
-            bases = {"bases": json.dumps({config.base_name: str(config.base_path)})}
-            return index | store | registry | numbers | bases
+            own = {
+                "bases": json.dumps({config.base_name: str(config.base_path)}),
+                "quantization": config.quantization,
+                "compute_dtype": config.compute_dtype,
+            }
+            return index | store | registry | own
         case "inference":
-            base = {"base_name": config.base_name, "base_path": str(config.base_path)}
-            return registry | numbers | base | {"disk_path": str(state.cache)}
+            return registry | {
+                "base_name": config.base_name,
+                "base_path": str(config.base_path),
+                "quantization": config.quantization,
+                "dtype": config.compute_dtype,
+                "adapter_cache_path": str(state.cache / "adapters"),
+            }
         case "gateway":
             return (
                 store

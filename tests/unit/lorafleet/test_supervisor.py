@@ -114,6 +114,7 @@ def start(state: StateFolder) -> Iterator[Callable[[dict[str, str]], Running]]:
 def test_a_killed_child_is_started_again(start: Callable[[dict[str, str]], Running]) -> None:
     running = start({"one": SLEEPER, "two": SLEEPER})
     first, other = running.pid("one"), running.pid("two")
+    wait_for(lambda: "here" in said(running.state, "one"))
 
     os.kill(first, signal.SIGKILL)
 

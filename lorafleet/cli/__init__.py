@@ -1,0 +1,5 @@
+"""The command line: `lorafleet`."""
+
+from lorafleet.cli.app import main
+
+__all__ = ["main"]

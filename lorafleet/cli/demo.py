@@ -1,0 +1,69 @@
+"""`lorafleet demo`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorafleet.cli.connection import state_folder
+from lorafleet.cli.output import JsonOption, StateOption, print_json, problems, progress, results
+from lorafleet.cli.up import print_coordinates
+from lorafleet.demo.demo import Plan, run_demo
+from lorafleet.demo.report import print_report
+from lorafleet.demo.tasks import Task, TaskError, generated_tasks, load_tasks
+from lorafleet.fleet import launch
+from lorafleet.fleet.config import Wishes
+
+
+def demo(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of tasks; three small ones are generated without it.", file_okay=False),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Names of tasks in DATA, separated by commas.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, max=50)] = 4,
+    max_train_rows: Annotated[int, typer.Option(min=1, help="Training rows of a task.")] = 600,
+    test_rows: Annotated[int, typer.Option(min=1, help="Rows of a task to evaluate on.")] = 100,
+    max_seq_len: Annotated[int, typer.Option(min=8, help="Longer training rows are left out.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 7,
+    state: StateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune one adapter for each of some tasks, serve them mixed, and print what came out.
+
+    Starts the fleet if it is not up, and leaves it up.
+    """
+    with problems(as_json=as_json), tempfile.TemporaryDirectory(prefix="lorafleet-demo-") as work:
+        with progress.status("starting the fleet"):
+            fleet = launch.up(state_folder(state), Wishes())
+        plan = Plan(epochs=epochs, max_seq_len=max_seq_len, seed=seed, work_folder=Path(work))
+        chosen = _tasks(data, tasks, Path(work) / "tasks", max_train_rows, test_rows, seed)
+        report = run_demo(fleet.base_url, fleet.api_key, chosen, plan, progress)
+    if as_json:
+        print_json(report.as_json())
+        return
+    print_report(report, results)
+    results.print("[bold green]the fleet is still up[/]")
+    print_coordinates(fleet)
+    first = chosen[0]
+    results.print(f"  lorafleet run {first.adapter} {_quoted(first.test[0].prompt.rstrip())}")
+
+
+def _tasks(
+    data: Path | None, names: str | None, folder: Path, max_train_rows: int, test_rows: int, seed: int
+) -> list[Task]:
+    if data is None:
+        if names is not None:
+            raise TaskError("--tasks names tasks in a folder: give that with --data")
+        return generated_tasks(folder, max_train_rows=max_train_rows, test_rows=test_rows, seed=seed)
+    if names is None:
+        raise TaskError("--data needs --tasks: the names of the tasks, separated by commas")
+    return load_tasks(data, names.split(","), max_train_rows=max_train_rows, test_rows=test_rows)
+
+
+def _quoted(text: str) -> str:
+    """Return text as one word of a shell."""
+    return "$'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

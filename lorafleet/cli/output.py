@@ -1,0 +1,56 @@
+"""How commands speak: results on standard output, progress on standard error, JSON when asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lorafleet.api import ApiError
+from lorafleet.demo.tasks import TaskError
+from lorafleet.fleet.errors import FleetError
+
+StateOption = Annotated[
+    Path | None,
+    typer.Option("--state", help="State folder; $LORAFLEET_STATE, else ~/.lorafleet.", file_okay=False),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+results = Console(soft_wrap=True, highlight=False)
+progress = Console(stderr=True, highlight=False)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print the one JSON object that a command with `--json` prints."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def problems(*, as_json: bool) -> Iterator[None]:
+    """Turn a problem that the user can act on into a message and exit code 1."""
+    try:
+        yield
+    except (ApiError, FleetError, TaskError) as error:
+        code = (
+            error.code
+            if isinstance(error, ApiError)
+            else "fleet"
+            if isinstance(error, FleetError)
+            else "task"
+        )
+        if as_json:
+            print_json({"error": {"code": code, "message": str(error)}})
+        else:
+            progress.print(f"[red]error:[/red] {plain(str(error))}")
+        raise typer.Exit(1) from error
+
+
+def plain(text: str) -> str:
+    """Return text that rich prints as it is."""
+    return text.replace("[", r"\[")

@@ -1,0 +1,160 @@
+"""What the demo found, as tables and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lorafleet.demo.scoring import Score
+from lorafleet.demo.traffic import Answer
+
+_MILLISECONDS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """What fine-tuning did for one task."""
+
+    task: str
+    metric: str
+    base: Score
+    adapter: Score
+    lift: Score
+    train_rows: int
+    train_rows_left_out: int
+    train_rows_too_long: int
+    test_rows: int
+    training_seconds: float
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Serving figures of one load; times in seconds."""
+
+    name: str
+    streams: int
+    requests: int
+    completion_tokens: int
+    seconds: float
+    tokens_per_second: float
+    first_token_p50_seconds: float
+    first_token_p95_seconds: float
+    between_tokens_p50_seconds: float
+    between_tokens_p95_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How many answers of the mixed load were, to the letter, the answers given alone."""
+
+    equal: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that the demo measured."""
+
+    base: str
+    tasks: tuple[TaskResult, ...]
+    loads: tuple[Load, ...]
+    agreement: Agreement
+    seconds: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as one JSON object."""
+        return asdict(self)
+
+
+def load_of(name: str, answers: Sequence[Answer], *, streams: int) -> Load:
+    """Return the figures of the answers of one load; there must be some."""
+    seconds = max(answer.ended_at for answer in answers) - min(answer.began_at for answer in answers)
+    tokens = sum(answer.tokens for answer in answers)
+    first = [answer.first_piece_seconds for answer in answers]
+    gaps = [gap for answer in answers for gap in answer.piece_gaps_seconds] or [0.0]
+    return Load(
+        name=name,
+        streams=streams,
+        requests=len(answers),
+        completion_tokens=tokens,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        first_token_p50_seconds=float(np.percentile(first, 50)),
+        first_token_p95_seconds=float(np.percentile(first, 95)),
+        between_tokens_p50_seconds=float(np.percentile(gaps, 50)),
+        between_tokens_p95_seconds=float(np.percentile(gaps, 95)),
+    )
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the report for people."""
+    console.print(_task_table(report))
+    for task in report.tasks:
+        if task.train_rows_left_out or task.train_rows_too_long:
+            console.print(
+                f"  {task.task}: trained on {task.train_rows} rows; {task.train_rows_left_out} left out to "
+                f"keep the demo short, {task.train_rows_too_long} longer than the training length"
+            )
+    console.print(_load_table(report))
+    agreement = report.agreement
+    console.print(
+        f"answers served mixed that equal the same ones served alone: {agreement.equal} of {agreement.total}"
+    )
+    console.print(", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items()))
+
+
+def _task_table(report: Report) -> Table:
+    table = Table(title=f"fine-tuned adapters against the base {report.base}", title_justify="left")
+    for column in (
+        "task",
+        "metric",
+        "base",
+        "adapter",
+        "lift",
+        "95 % interval of the lift",
+        "test rows",
+        "training",
+    ):
+        table.add_column(column, justify="left" if column in {"task", "metric"} else "right")
+    for task in report.tasks:
+        table.add_row(
+            task.task,
+            task.metric,
+            f"{task.base.value:.3f}",
+            f"{task.adapter.value:.3f}",
+            f"{task.lift.value:+.3f}",
+            f"{task.lift.low:+.3f} to {task.lift.high:+.3f}",
+            str(task.test_rows),
+            f"{task.training_seconds:.0f} s",
+        )
+    return table
+
+
+def _load_table(report: Report) -> Table:
+    table = Table(title="serving", title_justify="left")
+    columns = ("streams", "requests", "tokens/s", "first token p50", "p95", "between tokens p50", "p95")
+    table.add_column("load")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for load in report.loads:
+        table.add_row(
+            load.name,
+            str(load.streams),
+            str(load.requests),
+            f"{load.tokens_per_second:.0f}",
+            _milliseconds(load.first_token_p50_seconds),
+            _milliseconds(load.first_token_p95_seconds),
+            _milliseconds(load.between_tokens_p50_seconds),
+            _milliseconds(load.between_tokens_p95_seconds),
+        )
+    return table
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * _MILLISECONDS:.0f} ms"
