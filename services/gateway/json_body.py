@@ -95,10 +95,8 @@ def check(body_class: type[BodyT], data: dict[str, Any]) -> BodyT:
     try:
         return body_class.model_validate(data)
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        # A field that does not belong here explains the others.
-        details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
-        violations = [_violation(detail, data) for detail in details]
+        violations = [_violation(detail, data) for detail in error.errors(include_url=False)]
+        violations.sort(key=_explains_less)
         first = violations[0]
         raise InvalidArgument(
             first.reason, first.description, field=first.field or None, violations=violations
@@ -124,6 +122,12 @@ def _violation(detail: ErrorDetails, data: dict[str, Any]) -> FieldViolation:
         return FieldViolation(inner, context["message"], context["reason"])
     said = detail["msg"].removeprefix("Value error, ")
     return FieldViolation(field, f"{field}: {said}" if field else said, "invalid_value")
+
+
+def _explains_less(violation: FieldViolation) -> tuple[bool, int]:
+    """Sort a field that does not belong here first, then what lies deepest: of a union's errors the nearest."""
+    depth = violation.field.count("[") + violation.field.count(".")
+    return violation.reason != "unsupported_parameter", -depth
 
 
 def _path(location: Sequence[int | str], data: Any) -> str:

@@ -8,6 +8,7 @@ a second object; nothing is overwritten.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import hashlib
 import hmac
@@ -115,12 +116,10 @@ class KeyRing:
         if not _KEY_ID.fullmatch(key_id) or self._stored(key_id) is None:
             raise NotFound("key_not_found", "no such key is in use", field="key_id", value=key_id)
         body = json.dumps({"id": key_id, "revoke_time": int(time.time())}).encode()
-        try:
+        # Whoever revokes the same key at the same moment has done the work.
+        with contextlib.suppress(ObjectExistsError):
             self._store.put(_revocation_key(key_id), body, if_absent=True)
-        except ObjectExistsError:
-            return
-        finally:
-            self._cache.pop(key_id, None)
+        self._cache.pop(key_id, None)
 
     async def authenticate(self, key: str | None) -> Principal:
         """Return whose key it is.

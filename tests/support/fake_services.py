@@ -402,7 +402,9 @@ class FakeTrainer(TrainerServiceServicer):
                 digest=version.digest,
                 fine_tuned_model=f"ft:{BASE}:{self.tenants[job_id]}:{version.adapter}:v{version.version}",
                 result_files=["file-results"],
-                evaluation=[job.EvaluationMetric(name="exact_match", base_value=0.1, adapter_value=0.9, rows=50)],
+                evaluation=[
+                    job.EvaluationMetric(name="exact_match", base_value=0.1, adapter_value=0.9, rows=50)
+                ],
             )
         )
         self.add_event(job_id, "The job has succeeded", state=job.JobState.JOB_STATE_SUCCEEDED)
@@ -418,7 +420,9 @@ class FakeTrainer(TrainerServiceServicer):
         if request.base_model != BASE:
             raise NotFound("base_not_found", "no such base", field="base_model")
         if request.spec.HasField("rank") and not 1 <= request.spec.rank <= 256:
-            raise InvalidArgument("bad_hyperparameter", "rank must be 1 to 256", field="spec.rank", limit="1-256")
+            raise InvalidArgument(
+                "bad_hyperparameter", "rank must be 1 to 256", field="spec.rank", limit="1-256"
+            )
         if not self._has_file(current_tenant(), request.training_file):
             raise NotFound("file_not_found", "no such file", field="training_file")
         made = job.Job(

@@ -115,7 +115,9 @@ async def _serve(
     )
     keys = KeyRing(store, PEPPER, cache_seconds=0)
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(settings, store), http="h11", ws="none", lifespan="on", log_config=None)
+    config = uvicorn.Config(
+        create_app(settings, store), http="h11", ws="none", lifespan="on", log_config=None
+    )
     server = uvicorn.Server(config)
     ends.append(lambda: setattr(server, "should_exit", True))
     made.append(
