@@ -1,0 +1,47 @@
+# Two images from one file. `light` has no torch and runs the registry and the gateway; `full` runs all four:
+#
+#     docker build --target light --tag lorafleet:light .
+#     docker build --target full --tag lorafleet:full .
+#
+# The service is the command: docker run lorafleet:light services.registry
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS light-build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+RUN python -m venv /opt/lorafleet
+ENV PATH=/opt/lorafleet/bin:$PATH
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+# The pins alone first, so that a change of the code does not download them again.
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /tmp/pins \
+    && pip install --requirement /tmp/pins
+COPY lorafleet lorafleet
+COPY services services
+RUN pip install --no-deps .
+
+FROM light-build AS full-build
+# Where torch comes from; empty for the usual index. PyTorch's own index of CPU builds makes a far smaller image.
+ARG TORCH_INDEX_URL=
+RUN python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*[pin for pin in extras['inference'] + extras['trainer'] if not pin.startswith('lorafleet')], sep='\n')" > /tmp/pins \
+    && pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' /tmp/pins)" \
+    && pip install --requirement /tmp/pins
+
+FROM ${PYTHON_IMAGE} AS runtime
+RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin lorafleet \
+    && install -d -o lorafleet -g lorafleet /var/lib/lorafleet
+ENV PATH=/opt/lorafleet/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp HF_HUB_OFFLINE=1
+# What the health check asks: HOST:PORT of a gRPC service, or a URL.
+ENV PROBE_TARGET=127.0.0.1:7101
+USER lorafleet
+WORKDIR /var/lib/lorafleet
+ENTRYPOINT ["python", "-m"]
+HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=6 \
+    CMD ["sh", "-c", "exec python -m services.common.probe \"$PROBE_TARGET\""]
+
+FROM runtime AS light
+COPY --from=light-build /opt/lorafleet /opt/lorafleet
+CMD ["services.gateway"]
+
+FROM runtime AS full
+COPY --from=full-build /opt/lorafleet /opt/lorafleet
+CMD ["services.inference"]
