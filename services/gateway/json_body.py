@@ -125,7 +125,7 @@ def _violation(detail: ErrorDetails, data: dict[str, Any]) -> FieldViolation:
 
 
 def _explains_less(violation: FieldViolation) -> tuple[bool, int]:
-    """Sort a field that does not belong here first, then what lies deepest: of a union's errors the nearest."""
+    """Sort a field that does not belong here first, then the deepest, the nearest of a union's errors."""
     depth = violation.field.count("[") + violation.field.count(".")
     return violation.reason != "unsupported_parameter", -depth
 

@@ -1,4 +1,4 @@
-"""Small services on real ports for tests of the gateway: files and aliases in memory, scripted answers and jobs.
+"""Small services for tests of the gateway: files and aliases in memory, scripted answers and jobs.
 
 They keep to the contract as far as the gateway sees it, and record what they were asked.
 """

@@ -88,6 +88,18 @@ def running_gateway(folder: Path, **changes: Any) -> Iterator[GatewayUnderTest]:
     assert not failures
 
 
+class _Server(uvicorn.Server):
+    """Tells when it listens."""
+
+    def __init__(self, config: uvicorn.Config, listening: threading.Event) -> None:
+        super().__init__(config)
+        self._listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._listening.set()
+
+
 async def _serve(
     folder: Path,
     changes: dict[str, Any],
@@ -95,9 +107,10 @@ async def _serve(
     ends: list[Callable[[], object]],
     started: threading.Event,
 ) -> None:
-    files, adapters = FakeFiles(), FakeAdapters()
-    inference = FakeInference(adapters)
-    trainer = FakeTrainer(lambda tenant, file_id: (tenant, file_id) in files.stored)
+    # The stubs call every method abstract; one that is left out answers UNIMPLEMENTED.
+    files, adapters = FakeFiles(), FakeAdapters()  # type: ignore[abstract]
+    inference = FakeInference(adapters)  # type: ignore[abstract]
+    trainer = FakeTrainer(lambda tenant, file_id: (tenant, file_id) in files.stored)  # type: ignore[abstract]
     registry_host = ServiceHost(ServiceSettings(), [upstream.ADAPTER_SERVICE, upstream.FILE_SERVICE])
     trainer_host = ServiceHost(ServiceSettings(), [upstream.TRAINER_SERVICE])
     inference_host = ServiceHost(ServiceSettings(), [upstream.INFERENCE_SERVICE])
@@ -118,7 +131,7 @@ async def _serve(
     config = uvicorn.Config(
         create_app(settings, store), http="h11", ws="none", lifespan="on", log_config=None
     )
-    server = uvicorn.Server(config)
+    server = _Server(config, started)
     ends.append(lambda: setattr(server, "should_exit", True))
     made.append(
         GatewayUnderTest(
@@ -133,11 +146,7 @@ async def _serve(
             loop=asyncio.get_running_loop(),
         )
     )
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.01)
-    started.set()
-    await serving
+    await server.serve(sockets=[listener])
     for host in hosts.values():
         await host.stop(grace_seconds=0)
 

@@ -59,7 +59,7 @@ def test_status_type_and_retry(
 async def test_a_failed_transport_tells_no_address() -> None:
     async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await channel.unary_unary("/a.B/C")(b"")
+            await channel.unary_unary("/a.B/C", request_serializer=bytes)(b"")
     error = from_upstream(caught.value)
     assert (error.reason, error.retry_after_seconds) == ("unavailable", 1)
     assert "127.0.0.1" not in error.message

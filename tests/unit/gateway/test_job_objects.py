@@ -35,12 +35,13 @@ def spec_of(**changes: Any) -> job.TrainingSpec:
 
 
 def test_everything_arrives() -> None:
-    options = {
+    options: dict[str, Any] = {
         "method": "rslora", "rank": 8, "alpha": 16.5, "dropout": 0.1, "target_modules": ["q_proj"],
         "learning_rate": 0.001, "gradient_accumulation_steps": 2, "schedule": "linear", "warmup_ratio": 0.1,
         "weight_decay": 0.01, "max_grad_norm": 0.5, "max_seq_len": 128, "overlong_policy": "drop",
-        "loss_scope": "all", "validation_fraction": 0.2, "checkpoint_steps": 7, "gradient_checkpointing": True,
-        "task_metric": "rouge_l", "evaluation_rows": 9,
+        "loss_scope": "all", "validation_fraction": 0.2, "checkpoint_steps": 7,
+        "gradient_checkpointing": True, "task_metric": "rouge_l",
+        "evaluation_rows": 9,
     }  # fmt: skip
     method = supervised(hyperparameters={"n_epochs": 2, "batch_size": 3}, lorafleet=options)
     request = check(
@@ -97,11 +98,23 @@ def test_the_multiplier_multiplies_the_default_rate() -> None:
         ({"method": {"type": "dpo", "dpo": {}}}, "method.dpo", "unsupported_parameter"),
         ({"method": {"type": "reinforcement"}}, "method.type", "unsupported_parameter"),
         ({"integrations": []}, "integrations", "unsupported_parameter"),
-        ({"method": supervised(lorafleet={"ranks": 1})}, "method.supervised.lorafleet.ranks", "unsupported_parameter"),
-        ({"method": supervised(lorafleet={"rank": -1})}, "method.supervised.lorafleet.rank", "invalid_value"),
-        ({"method": supervised(hyperparameters={"n_epochs": True})}, "method.supervised.hyperparameters.n_epochs", "invalid_value"),
         (
-            {"method": supervised(hyperparameters={"learning_rate_multiplier": 1}, lorafleet={"learning_rate": 0.1})},
+            {"method": supervised(lorafleet={"ranks": 1})},
+            "method.supervised.lorafleet.ranks",
+            "unsupported_parameter",
+        ),
+        ({"method": supervised(lorafleet={"rank": -1})}, "method.supervised.lorafleet.rank", "invalid_value"),
+        (
+            {"method": supervised(hyperparameters={"n_epochs": True})},
+            "method.supervised.hyperparameters.n_epochs",
+            "invalid_value",
+        ),
+        (
+            {
+                "method": supervised(
+                    hyperparameters={"learning_rate_multiplier": 1}, lorafleet={"learning_rate": 0.1}
+                )
+            },
             "method.supervised.hyperparameters.learning_rate_multiplier",
             "invalid_value",
         ),
@@ -110,7 +123,7 @@ def test_the_multiplier_multiplies_the_default_rate() -> None:
         ({"metadata": {str(number): "" for number in range(17)}}, "metadata", "invalid_value"),
         ({"training_file": None}, "training_file", "invalid_value"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(change: dict[str, Any], field: str, reason: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         check(JobRequest, body(**change))

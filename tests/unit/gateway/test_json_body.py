@@ -49,18 +49,30 @@ def test_row_67_a_million_keys_cost_next_to_nothing() -> None:
 @pytest.mark.parametrize(
     ("change", "field", "reason"),
     [
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "user"}]}, "messages[1].content", "missing_required_parameter"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "user"}]},
+            "messages[1].content",
+            "missing_required_parameter",
+        ),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_value"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role", "invalid_value"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages[0].content[0].text", "invalid_value"),
-        ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "messages[0].tool_calls", "unsupported_parameter"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]},
+            "messages[0].content[0].text",
+            "invalid_value",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]},
+            "messages[0].tool_calls",
+            "unsupported_parameter",
+        ),
         ({"stop": ["a", ""]}, "stop[1]", "invalid_value"),
         ({"logit_bias": {"7": 101}}, "logit_bias.7", "invalid_value"),
         ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
         ({"temperature": 9, "tools": []}, "tools", "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, "response_format.type", "invalid_value"),
     ],
-)  # fmt: skip
+)
 def test_errors_name_the_field(change: dict[str, object], field: str, reason: str) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "a"}], **change}
     with pytest.raises(InvalidArgument) as caught:

@@ -23,7 +23,7 @@ def ring(store: DirectoryStore, *, pepper: str = "pepper of the tests", cache_se
 async def test_a_key_names_its_tenant_and_scopes(store: DirectoryStore) -> None:
     key = ring(store).create("acme", [Scope.FILES])
     principal = await ring(store).authenticate(key)
-    assert (principal.tenant, principal.scopes) == ("acme", {Scope.FILES})
+    assert (principal.tenant, principal.scopes) == ("acme", frozenset({Scope.FILES}))
     assert key.startswith(f"lf-{principal.key_id}-")
 
 
