@@ -26,7 +26,7 @@ class EngineConfig(BaseSettings):
     Attributes:
         base_path: folder of the base model, in transformers' layout.
         quantization: `nf4` (bitsandbytes, double quantisation) or `none`.
-        dtype: what the model computes in; `auto` is float32 on a CPU and bfloat16 on a GPU.
+        compute_dtype: what the model computes in; `auto` is float32 on a CPU and bfloat16 on a GPU.
         device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
         cpu_threads: threads of one forward pass on a CPU; 0 leaves the library's choice.
         kv_bytes: device memory of the KV cache.
@@ -49,7 +49,7 @@ class EngineConfig(BaseSettings):
     base_path: Path
     adapter_cache_path: Path
     quantization: Quantization = "nf4"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: Annotated[int, Field(ge=0)] = 0
     kv_bytes: Bytes = 256 * MIB
@@ -83,6 +83,6 @@ class EngineConfig(BaseSettings):
     @property
     def torch_dtype(self) -> torch.dtype:
         """The compute dtype, with `auto` decided."""
-        if self.dtype == "auto":
+        if self.compute_dtype == "auto":
             return torch.float32 if self.torch_device.type == "cpu" else torch.bfloat16
-        return _DTYPES[self.dtype]
+        return _DTYPES[self.compute_dtype]

@@ -50,7 +50,7 @@ def make_engine(base: Path, cache: Path, fetcher: FolderFetcher, **settings: Any
     """Build a float32 CPU engine, unquantised unless told otherwise."""
     chosen: dict[str, Any] = {
         "quantization": "none",
-        "dtype": "float32",
+        "compute_dtype": "float32",
         "device": "cpu",
         "cpu_threads": 1,
         "kv_bytes": 8 << 20,

@@ -38,7 +38,10 @@ class AdapterState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterResidency:
-    """One adapter as an operator sees it. Disk-only adapters are not listed."""
+    """One adapter as an operator sees it. Disk-only adapters are not listed.
+
+    `last_use_at` and `retry_at` are on the cache's clock; `retry_at` and `error` are those of a failed load.
+    """
 
     digest: str
     state: AdapterState
@@ -46,6 +49,9 @@ class AdapterResidency:
     leases: int
     pins: int
     load_seconds: float
+    last_use_at: float
+    error: LorafleetError | None = None
+    retry_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -58,6 +64,7 @@ class _Entry:
     size_bytes: int = 0
     reserved_bytes: int = 0
     load_seconds: float = 0.0
+    last_use_at: float = 0.0
     error: LorafleetError | None = None
     failed_until: float = 0.0
 
@@ -182,6 +189,7 @@ class AdapterCache:
             else:
                 self._stats.hits += entry.weights is not None
             entry.leases += 1
+            entry.last_use_at = now
             entry.demand.add(now)
             return Lease(self, entry)
 
@@ -196,20 +204,31 @@ class AdapterCache:
                     entry.leases,
                     self._slots[entry.digest].pins if entry.digest in self._slots else 0,
                     entry.load_seconds,
+                    entry.last_use_at,
+                    entry.error,
+                    entry.failed_until,
                 )
                 for entry in self._entries.values()
             ]
 
+    def on_disk(self) -> dict[str, int]:
+        """Return the bytes on disk of every adapter there, by digest."""
+        return self._disk.sizes()
+
     def evict(self, digest: str) -> bool:
-        """Drop an adapter from device and host; False where it is leased or not there."""
+        """Drop an adapter from every tier, and a failure from memory; may wait for the disk.
+
+        False where it is leased, being loaded or not there.
+        """
         with self._lock:
             entry = self._entries.get(digest)
-            if entry is None or entry.leases or entry.weights is None:
-                return False
-            self._drop_from_device(entry)
-            self._drop_from_host(entry)
-            self._retry_waiting()
-            return True
+            if entry is not None:
+                if entry.leases or entry.state is AdapterState.FETCHING:
+                    return False
+                self._drop_from_device(entry)
+                self._drop_from_host(entry)
+                self._retry_waiting()
+        return self._disk.discard(digest) or entry is not None
 
     def stats(self) -> CacheStats:
         """Return a copy of the counters and gauges."""

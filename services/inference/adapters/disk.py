@@ -64,6 +64,20 @@ class DiskTier:
         with self._lock:
             return folder_name(digest) in self._sizes
 
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of every complete folder, by digest."""
+        with self._lock:
+            return {f"sha256:{name}": size_bytes for name, size_bytes in self._sizes.items()}
+
+    def discard(self, digest: str) -> bool:
+        """Remove an adapter's folder; False where it is open or not there."""
+        name = folder_name(digest)
+        with self._lock:
+            if name in self._users or name not in self._sizes:
+                return False
+            self._remove_locked(name)
+            return True
+
     @contextmanager
     def open(self, digest: str, fetcher: Fetcher) -> Iterator[Path]:
         """Give the adapter's folder, fetched if need be; it is not evicted while it is open.

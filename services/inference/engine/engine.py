@@ -22,7 +22,7 @@ from services.inference.engine.events import FinishReason, TokenEvent, TokenLogp
 from services.inference.engine.request import Request, RequestLimits
 from services.inference.engine.runner import Runner
 from services.inference.engine.sampler import Sampled, Sampler, score
-from services.inference.engine.scheduler import Scheduler
+from services.inference.engine.scheduler import Chunk, Scheduler
 from services.inference.engine.sequence import Phase, Sequence
 from services.inference.engine.text import TextStream
 from services.inference.model.kv import PagedKv
@@ -37,6 +37,8 @@ class EngineStats:
 
     running: int = 0
     waiting: int = 0
+    waiting_for_adapter: int = 0
+    kv_block_bytes: int = 0
     kv_blocks_total: int = 0
     kv_blocks_free: int = 0
     steps: int = 0
@@ -133,6 +135,7 @@ class Engine:
         events = self._end_hopeless()
         chunks = self._scheduler.schedule()
         if chunks:
+            self._note_waits(chunks)
             batch = build_batch(chunks, self._kv, self._stacks, self._base.device)
             logits = self._runner.run(batch)
             self._mark_computed(batch)
@@ -148,6 +151,11 @@ class Engine:
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
+            waiting_for_adapter=sum(
+                lease is not None and not lease.ready
+                for lease in map(self._scheduler.lease_of, self._scheduler.waiting)
+            ),
+            kv_block_bytes=self._kv.shape.block_bytes,
             kv_blocks_total=self._blocks.num_blocks,
             kv_blocks_free=self._blocks.num_free,
             steps=stats.steps,
@@ -166,6 +174,7 @@ class Engine:
             max_tokens=self.limits.max_tokens(request),
             text=TextStream(self._base.tokenizer, request.prompt_token_ids, sampling.stop),
             token_ids=list(request.prompt_token_ids),
+            queued_at=self._clock(),
         )
 
     def _end_hopeless(self) -> list[TokenEvent]:
@@ -183,6 +192,12 @@ class Engine:
             elif lease is not None and lease.error is not None:
                 events.append(self._failed(sequence, lease.error))
         return events
+
+    def _note_waits(self, chunks: list[Chunk]) -> None:
+        now = self._clock()
+        for chunk in chunks:
+            if chunk.sequence.queue_seconds is None:
+                chunk.sequence.queue_seconds = now - chunk.sequence.queued_at
 
     def _mark_computed(self, batch: Batch) -> None:
         for chunk in batch.chunks:
@@ -239,6 +254,7 @@ class Engine:
             stop_cause=cause,
             prompt_tokens=sequence.num_prompt,
             completion_tokens=sequence.num_output,
+            queue_seconds=sequence.queue_seconds or 0.0,
         )
         if reason is not None:
             self._finish(sequence)
@@ -269,6 +285,7 @@ class Engine:
             prompt_logprobs=_prompt_logprobs(sequence),
             finish_reason=FinishReason.LENGTH,
             prompt_tokens=sequence.num_prompt,
+            queue_seconds=sequence.queue_seconds or 0.0,
         )
 
     def _failed(self, sequence: Sequence, error: LorafleetError) -> TokenEvent:

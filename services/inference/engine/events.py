@@ -47,6 +47,7 @@ class TokenEvent:
         error: why, with ERROR.
         prompt_tokens: length of the prompt.
         completion_tokens: tokens of this sequence so far.
+        queue_seconds: how long the sequence waited before it first ran.
     """
 
     request_id: str
@@ -60,3 +61,4 @@ class TokenEvent:
     error: LorafleetError | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    queue_seconds: float = 0.0

@@ -30,6 +30,8 @@ class Sequence:
         blocks: the block table.
         adapter: the weights on the device, while RUNNING; None for the base.
         seed: fixes the draws together with `index` and the position.
+        queued_at: when it arrived, on the engine's clock.
+        queue_seconds: how long it then waited before it first ran; None while it waits.
     """
 
     request: Request
@@ -38,6 +40,8 @@ class Sequence:
     max_tokens: int
     text: TextStream
     token_ids: list[int]
+    queued_at: float = 0.0
+    queue_seconds: float | None = None
     num_computed: int = 0
     phase: Phase = Phase.WAITING
     blocks: list[int] = field(default_factory=list)

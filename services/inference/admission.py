@@ -1,0 +1,147 @@
+"""A request's way in: check, encode, resolve; only then is it one for the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from lorafleet.inference.v1.generation_pb2 import ChatPrompt, GenerateRequest, ModelRef
+from lorafleet.inference.v1.inference_service_pb2 import ScoreRequest
+from services.common import call_context
+from services.common.chat_template import Message
+from services.common.errors import InvalidArgument
+from services.common.ids import new_id
+from services.common.prompts import PromptEncoder
+from services.inference import validation
+from services.inference.engine.request import Request, RequestLimits, SamplingParams
+from services.inference.resolver import AdapterResolver
+from services.inference.sources import AdapterSource
+
+MAX_SCORED_COMPLETIONS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request for the engine and the version that will answer it; None means the base."""
+
+    request: Request
+    source: AdapterSource | None
+
+
+@dataclass(frozen=True, slots=True)
+class AdmittedScore:
+    """One request for the engine per completion, each the prompt followed by that completion."""
+
+    requests: list[Request]
+    prompt_tokens: int
+    source: AdapterSource | None
+
+
+class Admission:
+    """Turns calls into requests for the engine, or refuses them."""
+
+    def __init__(self, encoder: PromptEncoder, resolver: AdapterResolver, limits: RequestLimits) -> None:
+        self._encoder = encoder
+        self._resolver = resolver
+        self._limits = limits
+
+    async def generate(self, message: GenerateRequest) -> Admitted:
+        """Admit a generation.
+
+        Raises:
+            LorafleetError: as `InferenceService.Generate` says.
+        """
+        validation.check_priority(message)
+        params = validation.sampling_params(message.sampling, vocab_size=self._limits.vocab_size)
+        prompt = await self.encode_prompt(message)
+        validation.check_room(params, len(prompt), max_model_len=self._limits.max_model_len)
+        source = await self.resolve(message.model)
+        return Admitted(self._request(prompt, params, source), source)
+
+    async def score(self, message: ScoreRequest) -> AdmittedScore:
+        """Admit the completions to score; their tokens follow the prompt's, encoded by themselves.
+
+        Raises:
+            LorafleetError: as `InferenceService.Score` says.
+        """
+        _check_completions(list(message.completions))
+        prompt = await self.encode_prompt(message)
+        params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=1)
+        texts = [
+            prompt + await asyncio.to_thread(self._encoder.encode_completion, completion)
+            for completion in message.completions
+        ]
+        if not prompt:
+            raise InvalidArgument(
+                "invalid_value", "The prompt has no tokens.", field="prompt", limit="at least 1"
+            )
+        for token_ids in texts:
+            validation.check_room(params, len(token_ids), max_model_len=self._limits.max_model_len)
+        source = await self.resolve(message.model)
+        requests = [self._request(token_ids, params, source) for token_ids in texts]
+        return AdmittedScore(requests, len(prompt), source)
+
+    async def encode_prompt(self, message: GenerateRequest | ScoreRequest) -> list[int]:
+        """Return the ids of a request's prompt; text is encoded on a thread."""
+        match message.WhichOneof("prompt"):
+            case "text":
+                return await asyncio.to_thread(self._encoder.encode_text, message.text)
+            case "chat":
+                return await asyncio.to_thread(self._encoder.encode_chat, chat_messages(message.chat))
+            case "tokens":
+                token_ids = list(message.tokens.token_ids)
+                validation.check_token_ids(
+                    token_ids, field="tokens.token_ids", vocab_size=self._limits.vocab_size
+                )
+                return token_ids
+            case None:
+                raise InvalidArgument(
+                    "invalid_value", "A prompt is required.", field="prompt", limit="text, tokens or chat"
+                )
+
+    async def resolve(self, model: ModelRef) -> AdapterSource | None:
+        """Return the version that a model reference names, or None for the base itself."""
+        match model.WhichOneof("target"):
+            case "adapter":
+                return await self._resolver.resolve(model.adapter, field="model.adapter")
+            case "base" if model.base:
+                return None
+            case _:
+                raise InvalidArgument(
+                    "invalid_value",
+                    "A model is required: the base or an adapter.",
+                    field="model",
+                    limit="base = true, or an adapter reference",
+                )
+
+    def _request(self, prompt: list[int], params: SamplingParams, source: AdapterSource | None) -> Request:
+        remaining_seconds = call_context.remaining_seconds()
+        return Request(
+            id=new_id("gen"),
+            prompt_token_ids=tuple(prompt),
+            sampling=params,
+            adapter_digest=None if source is None else source.digest,
+            deadline_seconds=None if remaining_seconds is None else time.monotonic() + remaining_seconds,
+        )
+
+
+def chat_messages(chat: ChatPrompt) -> list[Message]:
+    """Return the messages of a prompt, unchecked."""
+    return [Message(message.role, message.content, message.name) for message in chat.messages]
+
+
+def _check_completions(completions: list[str]) -> None:
+    if not 1 <= len(completions) <= MAX_SCORED_COMPLETIONS:
+        raise InvalidArgument(
+            "invalid_value",
+            f"1 to {MAX_SCORED_COMPLETIONS} completions can be scored, not {len(completions)}.",
+            field="completions",
+            value=len(completions),
+            limit=f"1 to {MAX_SCORED_COMPLETIONS}",
+        )
+    for index, completion in enumerate(completions):
+        if not completion:
+            raise InvalidArgument(
+                "invalid_value", f"completions[{index}] is empty.", field=f"completions[{index}]"
+            )
