@@ -1,0 +1,78 @@
+"""A job's child process, as its worker sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from typing import Self
+
+from services.trainer.job import Job
+from services.trainer.link import FromChild, Order, ToChild, decode_from_child, encode_to_child
+
+PARENT_VARIABLE = "LORAFLEET_JOB_WORKER_PID"
+_LINE_LIMIT_BYTES = 64 * 1024 * 1024
+_MODULE = "services.trainer.run_job"
+
+
+class JobProcess:
+    """A running child. Start it from the main thread: the kernel kills it when that thread ends."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process = process
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+
+    @classmethod
+    async def start(cls, job: Job) -> Self:
+        """Start a process for `job`; its log goes to our standard error."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            _MODULE,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
+            limit=_LINE_LIMIT_BYTES,
+            # A signal to our process group (Ctrl-C) is ours to pass on.
+            start_new_session=True,
+        )
+        child = cls(process)
+        child._send(ToChild(job=job))
+        return child
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    async def messages(self) -> AsyncIterator[FromChild]:
+        """Yield what the child tells, to the end of its output."""
+        while line := await self._stdout.readline():
+            yield decode_from_child(line)
+
+    def acknowledge(self, number: int) -> None:
+        """Tell the child that what it sent up to `number` is durable."""
+        self._send(ToChild(acknowledged=number))
+
+    def order(self, order: Order) -> None:
+        """Tell the child to stop in one way or the other."""
+        self._send(ToChild(order=order))
+
+    def kill(self) -> None:
+        """End the child and whatever it started, at once."""
+        if self._process.returncode is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def wait(self) -> int:
+        """Return the exit code once the child has ended; negative for a signal."""
+        return await self._process.wait()
+
+    def _send(self, message: ToChild) -> None:
+        # A child that has ended takes no more; its worker learns that from the end of its output.
+        if not self._stdin.is_closing():
+            self._stdin.write(encode_to_child(message))

@@ -1,0 +1,301 @@
+"""A fine-tuning job as a fold over its records: what was asked, then everything that happened to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from enum import StrEnum
+
+from services.common.errors import NotFound
+from services.common.ids import is_id
+from services.trainer.failure import JobFailure
+from services.trainer.spec import TrainingSpec
+
+JOB_PREFIX = "ftjob"
+EVENT_PREFIX = "ftevent"
+CHECKPOINT_PREFIX = "ftckpt"
+
+
+class JobState(StrEnum):
+    """Where a job stands; states only move forward.
+
+    CANCELLING is never recorded: it is what RUNNING looks like once a cancel was asked for.
+    """
+
+    VALIDATING_FILES = "validating_files"
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the job has ended."""
+        return self in _FINAL
+
+
+_FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+_NEXT: dict[JobState, frozenset[JobState]] = {
+    JobState.VALIDATING_FILES: frozenset({JobState.QUEUED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
+    # Also to SUCCEEDED after a cancel was asked for: it came while the version was being published.
+    JobState.RUNNING: _FINAL,
+}
+
+
+class Level(StrEnum):
+    """How much an event matters."""
+
+    INFO = "info"
+    WARN = "warn"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The figures of the last optimizer step."""
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    eta_seconds: float
+    peak_memory_bytes: int
+    epoch: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationMetric:
+    """One figure on the held-out rows, of the base and of the adapter, with the adapter's 95 % interval."""
+
+    name: str
+    base_value: float
+    adapter_value: float
+    rows: int
+    ci_low: float | None = None
+    ci_high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetReport:
+    """What the data looks like; see `trainer/v1/job.proto`."""
+
+    rows: int
+    validation_rows: int
+    schema: str
+    tokens: int
+    supervised_tokens: int
+    max_row_tokens: int
+    overlong_rows: int
+    duplicate_rows: int
+    overlap_rows: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run is expected to take. `minutes` is 0 until the first steps were measured."""
+
+    tokens: int
+    steps: int
+    minutes: float
+    memory_bytes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A point that the job can resume from; `manifest_digest` seals the objects stored under its id."""
+
+    id: str
+    step: int
+    create_time: datetime
+    train_loss: float
+    manifest_digest: str
+    trained_tokens: int
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    fine_tuned_model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """What a finished job made."""
+
+    adapter: str
+    version: int
+    digest: str
+    fine_tuned_model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a record adds to the job; None leaves it as it was."""
+
+    claimed: bool | None = None
+    released: bool | None = None
+    crashed: bool | None = None
+    dataset: DatasetReport | None = None
+    estimate: Estimate | None = None
+    checkpoint: Checkpoint | None = None
+    evaluation: tuple[EvaluationMetric, ...] | None = None
+    result_file: str | None = None
+    result: JobResult | None = None
+    failure: JobFailure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A record before it has a place in the job's history."""
+
+    message: str
+    level: Level = Level.INFO
+    state: JobState | None = None
+    metrics: Progress | None = None
+    data: dict[str, float] = field(default_factory=dict)
+    facts: Facts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One thing that happened to a job. Watchers see it as an event.
+
+    Attributes:
+        sequence: 1, 2, 3 ... within the job.
+        token: the fencing token of the lease that wrote it.
+    """
+
+    sequence: int
+    token: int
+    time: datetime
+    draft: Draft
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """What was asked for, with every default filled in. Never changes."""
+
+    id: str
+    tenant: str
+    base_model: str
+    training_file: str
+    validation_file: str
+    adapter: str
+    spec: TrainingSpec
+    seed: int
+    metadata: dict[str, str]
+    create_time: datetime
+    idempotency_key: str = ""
+    request_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job as it stands after all of its records."""
+
+    request: JobRequest
+    state: JobState = JobState.VALIDATING_FILES
+    last_sequence: int = 0
+    last_token: int = 0
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+    failure: JobFailure | None = None
+    progress: Progress | None = None
+    dataset: DatasetReport | None = None
+    estimate: Estimate | None = None
+    checkpoints: tuple[Checkpoint, ...] = ()
+    evaluation: tuple[EvaluationMetric, ...] | None = None
+    result_file: str | None = None
+    result: JobResult | None = None
+    trained_tokens: int = 0
+    attempts: int = 0
+    is_claimed: bool = False
+    crashes: int = 0
+    """Attempts since the last checkpoint that ended without a word."""
+
+    @property
+    def id(self) -> str:
+        """The job's id."""
+        return self.request.id
+
+    def apply(self, record: Record) -> Job:
+        """Return the job after `record`, which must be the next one."""
+        assert record.sequence == self.last_sequence + 1, "records are applied in order"
+        draft = record.draft
+        job = replace(self, last_sequence=record.sequence, last_token=record.token)
+        if draft.state is not None and draft.state is not self.state:
+            assert draft.state in _NEXT.get(self.state, ()), f"no way from {self.state} to {draft.state}"
+            job = replace(job, state=draft.state)
+            if draft.state is JobState.RUNNING:
+                job = replace(job, start_time=record.time)
+            if draft.state.is_final:
+                job = replace(job, end_time=record.time, is_claimed=False)
+        if draft.metrics is not None:
+            job = replace(job, progress=draft.metrics)
+        return job if draft.facts is None else job.with_facts(draft.facts)
+
+    def with_facts(self, facts: Facts) -> Job:
+        """Return the job with what a record adds to it."""
+        job = self
+        if facts.claimed:
+            # The last attempt left no word of its end: its worker died with it.
+            crashes = self.crashes + 1 if self.is_claimed else self.crashes
+            job = replace(job, attempts=self.attempts + 1, is_claimed=True, crashes=crashes)
+        if facts.released:
+            job = replace(job, is_claimed=False)
+        if facts.crashed:
+            job = replace(job, is_claimed=False, crashes=self.crashes + 1)
+        if facts.checkpoint is not None:
+            job = replace(
+                job,
+                checkpoints=(*self.checkpoints, facts.checkpoint),
+                trained_tokens=facts.checkpoint.trained_tokens,
+                crashes=0,
+            )
+        if facts.result is not None and job.checkpoints:
+            last = replace(job.checkpoints[-1], fine_tuned_model=facts.result.fine_tuned_model)
+            job = replace(job, checkpoints=(*job.checkpoints[:-1], last))
+        plain = {
+            name: value
+            for name in ("dataset", "estimate", "evaluation", "result_file", "result", "failure")
+            if (value := getattr(facts, name)) is not None
+        }
+        return replace(job, **plain)
+
+
+def fold(request: JobRequest, records: Iterable[Record]) -> Job:
+    """Return the job that `request` and its records make."""
+    job = Job(request)
+    for record in records:
+        job = job.apply(record)
+    return job
+
+
+def event_id(job_id: str, sequence: int) -> str:
+    """Return the public id of a record: `ftevent-`, the job's own part, and the record's number."""
+    return f"{EVENT_PREFIX}-{job_id.partition('-')[2]}-{sequence}"
+
+
+def event_sequence(job_id: str, text: str) -> int:
+    """Return the number in an event id of `job_id`; raise `NotFound` (`event_not_found`) for others."""
+    head, _, number = text.rpartition("-")
+    is_number = number.isascii() and number.isdigit() and 0 < len(number) <= 9
+    if not is_number or head != f"{EVENT_PREFIX}-{job_id.partition('-')[2]}":
+        raise NotFound("event_not_found", f"job {job_id} has no such event", field="event_id", value=text)
+    return int(number)
+
+
+def check_job_id(text: str) -> str:
+    """Return `text` if it has the form of a job id; raise `NotFound` (`job_not_found`) otherwise."""
+    if not is_id(JOB_PREFIX, text):
+        raise job_not_found(text)
+    return text
+
+
+def job_not_found(job_id: str) -> NotFound:
+    """Return the error for a job that does not exist for this tenant."""
+    return NotFound("job_not_found", "there is no such job", field="job_id", value=job_id)

@@ -1,0 +1,252 @@
+"""A job from its files to its published version, in the child process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from services.common.errors import DataLoss
+from services.common.ids import new_id
+from services.common.prompts import PromptEncoder
+from services.common.store import ObjectStore
+from services.trainer.bases import TrainableBase
+from services.trainer.config import TrainerSettings
+from services.trainer.job import (
+    CHECKPOINT_PREFIX,
+    Checkpoint,
+    Draft,
+    Facts,
+    Job,
+    JobResult,
+    JobState,
+    Level,
+    Progress,
+)
+from services.trainer.journal import checkpoint_prefix
+from services.trainer.link import Order, Outcome, WorkerLink
+from services.trainer.preparation import PreparedData, prepare
+from services.trainer.publishing import job_result, metrics_csv, model_card
+from services.trainer.registry_client import RegistryClient
+from services.trainer.tokens import stop_token_id
+from services.trainer.training.batches import BatchPlan
+from services.trainer.training.checkpoint import CheckpointStore
+from services.trainer.training.evaluate import evaluate
+from services.trainer.training.loop import TrainingRun
+from services.trainer.training.model import AdapterModel, BaseFolder, attach_adapter, load_base
+
+KEPT_CHECKPOINTS = 2
+# After this many steps the pace is known well enough to tell the minutes.
+MEASURED_STEPS = 3
+# However long a job runs, it tells about its steps some hundreds of times.
+EVENTS_PER_RUN = 400
+
+
+class Interrupted(Exception):  # noqa: N818 - not a failure
+    """The worker asked for an end."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.value)
+        self.outcome = outcome
+
+
+class Pipeline:
+    """Runs one job. Every stage that is recorded as done is not done again."""
+
+    def __init__(
+        self, job: Job, settings: TrainerSettings, link: WorkerLink, store: ObjectStore, folder: Path
+    ) -> None:
+        """Prepare to run `job`; `folder` is empty and goes away with the process."""
+        self._job = job
+        self._settings = settings
+        self._link = link
+        self._checkpoints = CheckpointStore(store, checkpoint_prefix(job.id))
+        self._folder = folder
+        self._base_path = settings.bases[job.request.base_model]
+        self._encoder = PromptEncoder.load(self._base_path)
+        self._last_event = 0.0
+        self._written_step = job.checkpoints[-1].step if job.checkpoints else 0
+
+    async def run(self) -> None:
+        """Train, evaluate, publish.
+
+        Raises:
+            Interrupted: the worker asked for an end.
+            LorafleetError: the job has failed.
+        """
+        registry = RegistryClient(self._settings.registry_target)
+        try:
+            data = await self._prepare(registry)
+            model = await asyncio.to_thread(self._load_model)
+            run = self._training_run(model, data)
+            await asyncio.to_thread(run.train)
+            await asyncio.to_thread(self._evaluate, model, data)
+            await self._store_figures(registry, run)
+            await self._publish(registry, model)
+        finally:
+            await registry.close()
+
+    # The observer of the training run.
+
+    def check(self) -> None:
+        """Raise `Interrupted` where the worker wants the job cancelled."""
+        if self._link.order is Order.CANCEL:
+            raise Interrupted(Outcome.CANCELLED)
+
+    def stepped(self, progress: Progress) -> None:
+        """Tell about a step, unless that was done a moment ago."""
+        now = time.monotonic()
+        seconds_left = progress.eta_seconds
+        interval = max(self._settings.event_interval_seconds, seconds_left / EVENTS_PER_RUN)
+        if now - self._last_event < interval and progress.step != progress.total_steps:
+            return
+        self._last_event = now
+        text = f"Step {progress.step}/{progress.total_steps}: training loss={progress.loss:.4f}"
+        self._send(Draft(text, metrics=progress, facts=self._measured_minutes(progress)))
+
+    def skipped(self, step: int, bad_steps: int) -> None:
+        """Tell about a step that did not count."""
+        text = f"Step {step}: loss or gradient is not finite; no update was made"
+        self._send(Draft(text, level=Level.WARN, data={"bad_steps": float(bad_steps)}))
+
+    def checkpoint(self, run: TrainingRun) -> None:
+        """Store what the run needs to go on, and have it recorded."""
+        state = run.state
+        checkpoint_id = new_id(CHECKPOINT_PREFIX)
+        folder = self._folder / checkpoint_id
+        run.write(folder)
+        digest = self._checkpoints.save(folder, checkpoint_id)
+        last = state.figures[-1] if state.figures else None
+        checkpoint = Checkpoint(
+            id=checkpoint_id,
+            step=state.step,
+            create_time=datetime.now(UTC),
+            train_loss=last.loss if last else 0.0,
+            manifest_digest=digest,
+            trained_tokens=state.trained_tokens,
+            valid_loss=last.valid_loss if last else None,
+            valid_mean_token_accuracy=last.valid_accuracy if last else None,
+        )
+        self._record(Draft(f"Checkpoint at step {state.step}", facts=Facts(checkpoint=checkpoint)))
+        self._written_step = state.step
+        self._checkpoints.discard([old.id for old in self._job.checkpoints[:-KEPT_CHECKPOINTS]])
+
+    def between_steps(self, run: TrainingRun) -> None:
+        """Hand the job back where the worker wants that, with all that was done."""
+        if self._link.order is Order.HAND_BACK:
+            if run.state.step != self._written_step:
+                self.checkpoint(run)
+            raise Interrupted(Outcome.HANDED_BACK)
+
+    # The stages.
+
+    async def _prepare(self, registry: RegistryClient) -> PreparedData:
+        """Return the rows, which must be those that were validated."""
+        request = self._job.request
+        paths = []
+        for file_id in filter(None, (request.training_file, request.validation_file)):
+            path = self._folder / file_id
+            await registry.download(file_id, path, max_bytes=self._settings.max_dataset_bytes)
+            paths.append(path)
+        validation_path = paths[1] if len(paths) > 1 else None
+        data = await asyncio.to_thread(
+            prepare,
+            paths[0],
+            validation_path,
+            self._encoder,
+            request.spec,
+            seed=request.seed,
+            check=self.check,
+        )
+        if data.report != self._job.dataset:
+            raise DataLoss("dataset_changed", "the data is not what was validated", field="training_file")
+        return data
+
+    def _load_model(self) -> AdapterModel:
+        self.check()
+        request = self._job.request
+        base = BaseFolder(request.base_model, self._base_path, self._settings.base_quantization)
+        model = load_base(base, self._settings.torch_device)
+        return attach_adapter(model, request.spec, seed=request.seed, pad_id=stop_token_id(self._encoder))
+
+    def _training_run(self, model: AdapterModel, data: PreparedData) -> TrainingRun:
+        request = self._job.request
+        spec = request.spec
+        plan = BatchPlan(
+            data.training, spec.batch_size, spec.gradient_accumulation_steps, spec.n_epochs, request.seed
+        )
+        run = TrainingRun(model, plan, spec, self, seed=request.seed, validation_rows=data.validation)
+        if self._job.checkpoints:
+            last = self._job.checkpoints[-1]
+            folder = self._folder / last.id
+            self._checkpoints.load(last.id, last.manifest_digest, folder)
+            run.resume(folder)
+            self._send(Draft(f"Going on from step {run.state.step}", data={"step": float(run.state.step)}))
+        return run
+
+    def _evaluate(self, model: AdapterModel, data: PreparedData) -> None:
+        if self._job.evaluation is not None:
+            return
+        self._send(Draft(f"Evaluating on {len(data.validation)} held-out rows"))
+        request = self._job.request
+        figures = evaluate(
+            model, data.validation, self._encoder, request.spec, seed=request.seed, check=self.check
+        )
+        values = {f"{figure.name}_base": figure.base_value for figure in figures}
+        values |= {f"{figure.name}_adapter": figure.adapter_value for figure in figures}
+        self._record(Draft("Evaluation done", data=values, facts=Facts(evaluation=figures)))
+
+    async def _store_figures(self, registry: RegistryClient, run: TrainingRun) -> None:
+        if self._job.result_file is None:
+            data = metrics_csv(run.state.figures)
+            file_id = await registry.create_result_file(f"{self._job.id}-metrics.csv", data)
+            self._record(Draft("Metrics of every step stored", facts=Facts(result_file=file_id)))
+
+    async def _publish(self, registry: RegistryClient, model: AdapterModel) -> None:
+        self.check()
+        request = self._job.request
+        folder = self._folder / "adapter"
+        model.save(folder, request.base_model)
+        base = await asyncio.to_thread(
+            TrainableBase.load, request.base_model, self._base_path, self._settings.base_quantization
+        )
+        published = await registry.publish(
+            folder,
+            adapter=request.adapter,
+            base_fingerprint_digest=base.fingerprint.digest,
+            card=model_card(self._job, self._encoder),
+            idempotency_key=self._job.id,
+        )
+        self._succeed(job_result(self._job, published))
+
+    def _succeed(self, result: JobResult) -> None:
+        self._send(Draft(f"New fine-tuned model created: {result.fine_tuned_model}"))
+        self._record(
+            Draft(
+                "The job has successfully completed",
+                state=JobState.SUCCEEDED,
+                facts=Facts(result=result),
+            )
+        )
+
+    def _measured_minutes(self, progress: Progress) -> Facts | None:
+        estimate = self._job.estimate
+        if estimate is None or estimate.minutes or progress.step < MEASURED_STEPS:
+            return None
+        seconds_per_step = progress.eta_seconds / max(1, progress.total_steps - progress.step)
+        minutes = seconds_per_step * progress.total_steps / 60
+        facts = Facts(estimate=replace(estimate, minutes=minutes))
+        self._job = replace(self._job, estimate=facts.estimate)
+        return facts
+
+    def _send(self, draft: Draft) -> None:
+        self._link.send(draft)
+
+    def _record(self, draft: Draft) -> None:
+        """Have a draft recorded durably, and take over what it says about the job."""
+        self._link.send_durably(draft)
+        facts = draft.facts
+        assert facts is not None, "only what adds to the job is waited for"
+        self._job = self._job.with_facts(facts)

@@ -1,0 +1,107 @@
+"""The card of a finished job's version, and the files that go with the job."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from lorafleet.registry.v1 import adapter_pb2
+from services.common.prompts import PromptEncoder
+from services.trainer.job import EvaluationMetric, Job, JobResult
+from services.trainer.training.checkpoint import StepFigures
+
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "lorafleet")
+_COLUMNS = (
+    "step",
+    "epoch",
+    "train_loss",
+    "learning_rate",
+    "gradient_norm",
+    "tokens",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+)
+
+
+def model_card(job: Job, encoder: PromptEncoder) -> adapter_pb2.ModelCard:
+    """Return the card of the version that `job` makes: how to train it again, and what was measured.
+
+    It follows from the job's history alone, so that publishing again after a crash sends the same card.
+    """
+    request = job.request
+    assert job.dataset is not None, "a job that trained was validated"
+    spec = request.spec
+    hyperparameters = {
+        name: _text(getattr(spec, name)) for name in spec.__dataclass_fields__ if name != "method"
+    }
+    return adapter_pb2.ModelCard(
+        base_model=request.base_model,
+        method=spec.method,
+        hyperparameters=hyperparameters,
+        training_data_digest=job.dataset.digest,
+        training_rows=job.dataset.rows,
+        trained_tokens=job.trained_tokens,
+        seed=request.seed,
+        metrics=[metric for figure in job.evaluation or () for metric in _metrics(figure)],
+        job_id=job.id,
+        stop_token_ids=sorted(encoder.eos_token_ids),
+        libraries={name: version(name) for name in _LIBRARIES},
+    )
+
+
+def job_result(job: Job, published: adapter_pb2.AdapterVersion) -> JobResult:
+    """Return what the job made, for its record."""
+    request = job.request
+    number = published.version
+    return JobResult(
+        adapter=published.adapter,
+        version=number,
+        digest=published.digest,
+        fine_tuned_model=f"ft:{request.base_model}:{request.tenant}:{published.adapter}:v{number}",
+    )
+
+
+def metrics_csv(figures: Sequence[StepFigures]) -> bytes:
+    """Return the figures of every step as CSV, with empty cells where nothing was measured."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for row in figures:
+        cells = (
+            row.step,
+            row.epoch,
+            row.loss,
+            row.learning_rate,
+            row.gradient_norm,
+            row.tokens,
+            row.valid_loss,
+            row.valid_accuracy,
+        )
+        writer.writerow("" if cell is None else f"{cell:.8g}" for cell in cells)
+    return text.getvalue().encode("ascii")
+
+
+def _metrics(figure: EvaluationMetric) -> list[adapter_pb2.Metric]:
+    base = adapter_pb2.Metric(
+        name=figure.name, subject="base", value=figure.base_value, rows=figure.rows, split="validation"
+    )
+    adapter = adapter_pb2.Metric(
+        name=figure.name,
+        subject="adapter",
+        value=figure.adapter_value,
+        rows=figure.rows,
+        split="validation",
+        ci_low=figure.ci_low,
+        ci_high=figure.ci_high,
+    )
+    return [base, adapter]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(str(item) for item in value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

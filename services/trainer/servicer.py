@@ -1,0 +1,146 @@
+"""TrainerService over gRPC: check, call, translate, return."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
+from lorafleet.trainer.v1.trainer_service_pb2_grpc import TrainerServiceServicer
+from services.common.call_context import current_tenant
+from services.common.errors import NotFound
+from services.trainer.book import JobBook
+from services.trainer.conversion import (
+    STATES,
+    checkpoint_to_proto,
+    event_to_proto,
+    job_to_proto,
+    method_to_proto,
+    report_to_proto,
+)
+from services.trainer.index import JobView
+from services.trainer.job import check_job_id, event_sequence
+from services.trainer.methods import METHODS
+from services.trainer.pages import decode_number, decode_token, encode_token, page_size
+from services.trainer.requests import RequestChecker
+from services.trainer.validator import DataCheck
+
+WATCH_SECONDS = 0.2
+_WATCH_ROWS = 500
+_JOBS, _EVENTS, _CHECKPOINTS = "jobs", "events", "checkpoints"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class TrainerServicer(TrainerServiceServicer):
+    """Jobs of the calling tenant. `PauseJob` and `ResumeJob` are not offered yet."""
+
+    def __init__(self, book: JobBook, checker: RequestChecker, check: DataCheck) -> None:
+        self._book = book
+        self._checker = checker
+        self._check = check
+
+    async def CreateJob(  # noqa: N802
+        self, request: trainer_service_pb2.CreateJobRequest, context: Context
+    ) -> job_pb2.Job:
+        asked = await self._checker.job_request(request, current_tenant())
+        await self._book.ensure_indexed()
+        job = await self._book.create(asked, message=f"Created fine-tuning job: {asked.id}")
+        return job_to_proto(JobView(job, cancel_asked=False))
+
+    async def GetJob(  # noqa: N802
+        self, request: trainer_service_pb2.GetJobRequest, context: Context
+    ) -> job_pb2.Job:
+        return job_to_proto(await self._find(request.job_id))
+
+    async def ListJobs(  # noqa: N802
+        self, request: trainer_service_pb2.ListJobsRequest, context: Context
+    ) -> trainer_service_pb2.ListJobsResponse:
+        before = decode_token(_JOBS, request.page_token)
+        pairs = dict(request.metadata)
+
+        def matches(view: JobView) -> bool:
+            has_pairs = pairs.items() <= view.job.request.metadata.items()
+            return has_pairs and request.state in (job_pb2.JOB_STATE_UNSPECIFIED, STATES[view.state])
+
+        found, more = await self._book.newest(
+            current_tenant(), before=before, limit=page_size(request.page_size), matches=matches
+        )
+        return trainer_service_pb2.ListJobsResponse(
+            jobs=[job_to_proto(view) for view in found],
+            next_page_token=encode_token(_JOBS, found[-1].job.id) if more else "",
+        )
+
+    async def CancelJob(  # noqa: N802
+        self, request: trainer_service_pb2.CancelJobRequest, context: Context
+    ) -> job_pb2.Job:
+        return job_to_proto(await self._book.ask_cancel(current_tenant(), check_job_id(request.job_id)))
+
+    async def WatchJob(  # noqa: N802
+        self, request: trainer_service_pb2.WatchJobRequest, context: Context
+    ) -> AsyncIterator[job_pb2.JobEvent]:
+        job = (await self._find(request.job_id)).job
+        seen = event_sequence(job.id, request.after_event_id) if request.after_event_id else 0
+        if seen > job.last_sequence:
+            raise NotFound("event_not_found", "the job has no such event", field="after_event_id")
+        while True:
+            records = await self._book.records(job, seen + 1, seen + _WATCH_ROWS)
+            for record in records:
+                yield event_to_proto(job.id, record)
+                seen = record.sequence
+            if records:
+                continue
+            job = (await self._find(job.id)).job
+            if seen >= job.last_sequence:
+                if job.state.is_final:
+                    return
+                await asyncio.sleep(WATCH_SECONDS)
+
+    async def ListEvents(  # noqa: N802
+        self, request: trainer_service_pb2.ListEventsRequest, context: Context
+    ) -> trainer_service_pb2.ListEventsResponse:
+        job = (await self._find(request.job_id)).job
+        size = page_size(request.page_size)
+        before = decode_number(_EVENTS, request.page_token) or job.last_sequence + 1
+        first = max(1, before - size)
+        records = await self._book.records(job, first, before - 1)
+        return trainer_service_pb2.ListEventsResponse(
+            events=[event_to_proto(job.id, record) for record in reversed(records)],
+            next_page_token=encode_token(_EVENTS, str(first)) if first > 1 else "",
+        )
+
+    async def ListCheckpoints(  # noqa: N802
+        self, request: trainer_service_pb2.ListCheckpointsRequest, context: Context
+    ) -> trainer_service_pb2.ListCheckpointsResponse:
+        job = (await self._find(request.job_id)).job
+        size = page_size(request.page_size)
+        start = decode_number(_CHECKPOINTS, request.page_token) or 0
+        newest = job.checkpoints[::-1]
+        # Counted from the oldest, so that checkpoints made between two pages shift nothing.
+        skipped = len(newest) - start if start else 0
+        page = newest[skipped : skipped + size]
+        rest = len(newest) - skipped - len(page)
+        return trainer_service_pb2.ListCheckpointsResponse(
+            checkpoints=[checkpoint_to_proto(job.id, checkpoint) for checkpoint in page],
+            next_page_token=encode_token(_CHECKPOINTS, str(rest)) if rest else "",
+        )
+
+    async def ValidateDataset(  # noqa: N802
+        self, request: trainer_service_pb2.ValidateDatasetRequest, context: Context
+    ) -> job_pb2.DatasetReport:
+        base, spec = await self._checker.dataset_request(request)
+        data = await self._check.run(base, request.training_file, request.validation_file, spec, seed=0)
+        return report_to_proto(data.report)
+
+    async def ListMethods(  # noqa: N802
+        self, request: trainer_service_pb2.ListMethodsRequest, context: Context
+    ) -> trainer_service_pb2.ListMethodsResponse:
+        return trainer_service_pb2.ListMethodsResponse(
+            methods=[method_to_proto(method) for method in METHODS.values()]
+        )
+
+    async def _find(self, job_id: str) -> JobView:
+        return await self._book.get(current_tenant(), check_job_id(job_id))

@@ -1,0 +1,166 @@
+"""The hyperparameters of a training run: defaults, ranges, and the refusal of what lies outside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from services.common.errors import FieldViolation, InvalidArgument
+from services.trainer.methods import DEFAULT_METHOD, find_method
+
+MIN_SEQ_LEN = 8
+DEFAULT_MAX_SEQ_LEN = 2048
+
+
+class OverlongPolicy(StrEnum):
+    """What happens to rows longer than `max_seq_len`."""
+
+    REJECT = "reject"
+    TRUNCATE = "truncate"
+    DROP = "drop"
+
+
+class LossScope(StrEnum):
+    """Which tokens count in the loss."""
+
+    COMPLETIONS = "completions"
+    ALL = "all"
+
+
+class Schedule(StrEnum):
+    """How the learning rate falls after the warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+class TaskMetric(StrEnum):
+    """How greedy answers on held-out rows are scored."""
+
+    NONE = "none"
+    EXACT_MATCH = "exact_match"
+    ROUGE_L = "rouge_l"
+    TOKEN_F1 = "token_f1"  # noqa: S105
+    PEARSON = "pearson"
+    NUMERIC = "numeric"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSpec:
+    """Every hyperparameter with its value; `trainer/v1/job.proto` states meaning and range of each."""
+
+    max_seq_len: int
+    method: str = DEFAULT_METHOD
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+    learning_rate: float = 2e-4
+    n_epochs: int = 3
+    batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    schedule: Schedule = Schedule.COSINE
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    overlong_policy: OverlongPolicy = OverlongPolicy.REJECT
+    loss_scope: LossScope = LossScope.COMPLETIONS
+    validation_fraction: float = 0.1
+    checkpoint_steps: int = 50
+    gradient_checkpointing: bool = False
+    task_metric: TaskMetric = TaskMetric.NONE
+    evaluation_rows: int = 100
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    low: float
+    high: float
+    low_open: bool = False
+    high_open: bool = False
+
+    def holds(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.low_open else f"{self.low:g}"
+        high = f"below {self.high:g}" if self.high_open else f"{self.high:g}"
+        return f"{low} to {high}"
+
+
+_RANGES = {
+    "rank": _Range(1, 256),
+    "alpha": _Range(0, 1024, low_open=True),
+    "dropout": _Range(0, 1, high_open=True),
+    "learning_rate": _Range(0, 1, low_open=True),
+    "n_epochs": _Range(1, 50),
+    "batch_size": _Range(1, 256),
+    "gradient_accumulation_steps": _Range(1, 256),
+    "warmup_ratio": _Range(0, 0.5),
+    "weight_decay": _Range(0, 1),
+    "max_grad_norm": _Range(0, 1000, low_open=True),
+    "validation_fraction": _Range(0, 0.5),
+    "checkpoint_steps": _Range(1, 10_000),
+    "evaluation_rows": _Range(0, 1000),
+}
+
+
+def resolve_spec(
+    given: Mapping[str, object], *, max_model_len: int, module_names: Sequence[str]
+) -> TrainingSpec:
+    """Return the full specification for what a caller gave; absent fields take their defaults.
+
+    Args:
+        given: field names of `TrainingSpec` and their values, only those that the caller set.
+        max_model_len: the base's longest sequence in tokens.
+        module_names: the base's linear layers by dotted name; the default targets are their last parts.
+
+    Raises:
+        InvalidArgument: `unsupported_method`, or `bad_hyperparameter` with every field that is out of range.
+    """
+    values = dict(given)
+    values["method"] = find_method(str(values.get("method") or DEFAULT_METHOD)).name
+    ranges = _RANGES | {"max_seq_len": _Range(MIN_SEQ_LEN, max_model_len)}
+    violations = []
+    for name, allowed in ranges.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        assert isinstance(value, int | float)
+        if not allowed.holds(value):
+            violations.append(_violation(name, f"{name} is {value:g}; it must be {allowed}"))
+    suffixes = {name.rpartition(".")[2] for name in module_names}
+    targets = values.get("target_modules") or sorted(suffixes)
+    assert isinstance(targets, Sequence)
+    unknown = sorted(set(targets) - suffixes)
+    if unknown:
+        known = ", ".join(sorted(suffixes))
+        text = f"target_modules names {unknown[0][:64]!r}; the base has {known}"
+        violations.append(_violation("target_modules", text))
+    if violations:
+        raise InvalidArgument(
+            "bad_hyperparameter",
+            "; ".join(violation.description for violation in violations),
+            field=violations[0].field,
+            violations=violations,
+        )
+    values["target_modules"] = tuple(sorted(set(targets)))
+    values.setdefault("max_seq_len", min(max_model_len, DEFAULT_MAX_SEQ_LEN))
+    rank = values.get("rank", TrainingSpec.__dataclass_fields__["rank"].default)
+    assert isinstance(rank, int)
+    values.setdefault("alpha", 2.0 * rank)
+    return TrainingSpec(**values)  # type: ignore[arg-type]
+
+
+def _violation(name: str, description: str) -> FieldViolation:
+    return FieldViolation(f"spec.{name}", description, "bad_hyperparameter")

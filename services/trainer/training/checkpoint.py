@@ -1,0 +1,154 @@
+"""What a run needs to go on: LoRA weights, optimizer moments, step and figures. Safetensors and JSON only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from services.common.errors import DataLoss
+from services.common.store import ObjectNotFoundError, ObjectStore
+
+WEIGHTS = "weights.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StepFigures:
+    """One row of the metrics file."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    valid_loss: float | None = None
+    valid_accuracy: float | None = None
+
+
+@dataclass(slots=True)
+class RunState:
+    """Where a run stands between two steps. Order, dropout and learning rate follow from seed and step."""
+
+    step: int = 0
+    trained_tokens: int = 0
+    bad_steps: int = 0
+    figures: list[StepFigures] = field(default_factory=list)
+
+
+class CheckpointStore:
+    """Checkpoints of one job in the object store: the files first, then the manifest that makes them one."""
+
+    def __init__(self, store: ObjectStore, prefix: str) -> None:
+        """Keep checkpoints under `prefix`, one folder each."""
+        self._store = store
+        self._prefix = prefix
+
+    def save(self, folder: Path, checkpoint_id: str) -> str:
+        """Store the files of `folder` under `checkpoint_id` and return the digest of the manifest."""
+        entries = []
+        for path in sorted(folder.iterdir()):
+            self._store.put_file(self._key(checkpoint_id, path.name), path, if_absent=True)
+            entries.append(
+                {"name": path.name, "size_bytes": path.stat().st_size, "digest": _file_digest(path)}
+            )
+        manifest = json.dumps({"files": entries}, sort_keys=True).encode("ascii")
+        self._store.put(self._key(checkpoint_id, MANIFEST), manifest, if_absent=True)
+        return _digest(manifest)
+
+    def load(self, checkpoint_id: str, manifest_digest: str, folder: Path) -> None:
+        """Write the files of a checkpoint to `folder`.
+
+        Raises:
+            DataLoss: `corrupt_checkpoint`, where a file is missing or not what was stored.
+        """
+        try:
+            manifest = self._store.get(self._key(checkpoint_id, MANIFEST))
+            _require(_digest(manifest) == manifest_digest, checkpoint_id, MANIFEST)
+            folder.mkdir(parents=True, exist_ok=True)
+            for entry in json.loads(manifest)["files"]:
+                path = folder / str(entry["name"])
+                with path.open("wb") as file:
+                    for piece in self._store.stream(self._key(checkpoint_id, path.name)):
+                        file.write(piece)
+                _require(_file_digest(path) == entry["digest"], checkpoint_id, path.name)
+        except ObjectNotFoundError as error:
+            raise _corrupt(checkpoint_id, str(error)) from error
+
+    def discard(self, checkpoint_ids: Sequence[str]) -> None:
+        """Remove the bytes of checkpoints that nothing resumes from any more; the manifest goes first."""
+        for checkpoint_id in checkpoint_ids:
+            for name in (MANIFEST, STATE, OPTIMIZER, WEIGHTS):
+                self._store.delete(self._key(checkpoint_id, name))
+
+    def _key(self, checkpoint_id: str, name: str) -> str:
+        return f"{self._prefix}/{checkpoint_id}/{name}"
+
+
+def write_run(
+    folder: Path,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: RunState,
+) -> None:
+    """Write the three files of a checkpoint to the empty folder `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: p.detach().to("cpu").contiguous() for name, p in parameters.items()}, folder / WEIGHTS)
+    moments: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            moments[f"{name}/{key}"] = value.detach().to("cpu").contiguous()
+    save_file(moments, folder / OPTIMIZER)
+    (folder / STATE).write_text(json.dumps(asdict(state), allow_nan=False), encoding="ascii")
+
+
+def read_run(
+    folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> RunState:
+    """Load the files of a checkpoint into weights and optimizer, and return the run's state.
+
+    Raises:
+        DataLoss: `corrupt_checkpoint`, where the tensors are not those of these parameters.
+    """
+    weights = load_file(folder / WEIGHTS)
+    moments = load_file(folder / OPTIMIZER)
+    if set(weights) != set(parameters):
+        raise _corrupt(folder.name, "its tensors are those of another adapter")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    for full_name, value in moments.items():
+        name, _, key = full_name.rpartition("/")
+        parameter = parameters[name]
+        # AdamW keeps its step counter on the CPU whatever the device of the weights.
+        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+    raw: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="ascii"))
+    figures = [StepFigures(**row) for row in raw.pop("figures")]
+    return RunState(**raw, figures=figures)
+
+
+def _require(holds: bool, checkpoint_id: str, name: str) -> None:
+    if not holds:
+        raise _corrupt(checkpoint_id, f"{name} is not what was stored")
+
+
+def _corrupt(checkpoint_id: str, text: str) -> DataLoss:
+    return DataLoss("corrupt_checkpoint", f"checkpoint {checkpoint_id} cannot be used: {text}")
+
+
+def _digest(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,157 @@
+"""Base against adapter on held-out rows, through the one model that was trained."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from services.common.prompts import PromptEncoder
+from services.trainer.dataset import PromptRow, Row
+from services.trainer.job import EvaluationMetric
+from services.trainer.spec import TaskMetric, TrainingSpec
+from services.trainer.tokens import TokenRow
+from services.trainer.training.model import AdapterModel
+from services.trainer.training.scores import AnswerScore, bootstrap_interval
+from services.trainer.training.validation import RowScores, measure
+
+# An answer may run this far past the longest reference before it is cut.
+EXTRA_ANSWER_TOKENS = 16
+GENERATION_ROWS = 16
+
+Rows = NDArray[np.intp]
+
+
+def evaluate(
+    model: AdapterModel,
+    rows: Sequence[TokenRow],
+    encoder: PromptEncoder,
+    spec: TrainingSpec,
+    *,
+    seed: int,
+    check: Callable[[], None],
+) -> tuple[EvaluationMetric, ...]:
+    """Return loss, token accuracy and the task metric of base and adapter, over `spec.evaluation_rows` rows.
+
+    Args:
+        rows: held-out rows; none gives no figures.
+        seed: for the bootstrap intervals.
+        check: called between forward passes; raises to give up.
+    """
+    rows = rows[: spec.evaluation_rows]
+    if not rows:
+        return ()
+    adapter = measure(model, rows, spec.batch_size, check=check)
+    with model.base_only():
+        base = measure(model, rows, spec.batch_size, check=check)
+    figures = [
+        _figure("loss", len(rows), seed, functools.partial(_loss, base), functools.partial(_loss, adapter)),
+        _figure(
+            "token_accuracy",
+            len(rows),
+            seed,
+            functools.partial(_accuracy, base),
+            functools.partial(_accuracy, adapter),
+        ),
+    ]
+    if spec.task_metric is not TaskMetric.NONE:
+        references = [reference_of(row.source) for row in rows]
+        answered = AnswerScore(spec.task_metric, generate(model, rows, encoder, check=check), references)
+        with model.base_only():
+            before = AnswerScore(spec.task_metric, generate(model, rows, encoder, check=check), references)
+        figures.append(_figure(spec.task_metric.value, len(rows), seed, before.of, answered.of))
+    return tuple(figures)
+
+
+def reference_of(row: Row) -> str:
+    """Return the text that the model should have answered."""
+    return row.completion if isinstance(row, PromptRow) else str(row.messages[-1]["content"])
+
+
+def generate(
+    model: AdapterModel, rows: Sequence[TokenRow], encoder: PromptEncoder, *, check: Callable[[], None]
+) -> list[str]:
+    """Return the greedy answer to the prompt of each row, in order."""
+    model.model.eval()
+    longest_answer = max(len(row.ids) - row.prompt_length for row in rows) + EXTRA_ANSWER_TOKENS
+    answers = [""] * len(rows)
+    order = sorted(range(len(rows)), key=lambda index: rows[index].prompt_length)
+    for start in range(0, len(order), GENERATION_ROWS):
+        chosen = order[start : start + GENERATION_ROWS]
+        prompts = [rows[i].ids[: rows[i].prompt_length] for i in chosen]
+        for index, ids in zip(
+            chosen, _generate_ids(model, prompts, encoder, longest_answer, check), strict=True
+        ):
+            # A base may have more rows in its output head than its tokenizer has tokens.
+            known = [token_id for token_id in ids if token_id < encoder.vocab_size]
+            answers[index] = encoder.decode(known, skip_special_tokens=True)
+    return answers
+
+
+def _generate_ids(
+    model: AdapterModel,
+    prompts: Sequence[tuple[int, ...]],
+    encoder: PromptEncoder,
+    max_new_tokens: int,
+    check: Callable[[], None],
+) -> list[list[int]]:
+    width = max(len(prompt) for prompt in prompts)
+    # Padded on the left: every prompt must end where generation begins.
+    input_ids = torch.tensor([[model.pad_id] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    room = model.model.config.max_position_embeddings - width
+    stops = sorted(encoder.eos_token_ids)
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max(1, min(max_new_tokens, room)),
+        eos_token_id=stops,
+        pad_token_id=model.pad_id,
+    )
+    with torch.no_grad():
+        output = model.model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([_Interruption(check)]),
+        )
+    answers = output[:, width:].tolist()
+    return [_until_stop(ids, frozenset(stops)) for ids in answers]
+
+
+def _until_stop(ids: list[int], stops: frozenset[int]) -> list[int]:
+    for position, token_id in enumerate(ids):
+        if token_id in stops:
+            return ids[:position]
+    return ids
+
+
+class _Interruption(StoppingCriteria):  # type: ignore[misc]
+    """Never stops by itself, but lets a cancel through at every token."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        self._check()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _loss(scores: RowScores, rows: Rows) -> float:
+    return float(scores.loss_sums[rows].sum() / scores.counts[rows].sum())
+
+
+def _accuracy(scores: RowScores, rows: Rows) -> float:
+    return float(scores.correct[rows].sum() / scores.counts[rows].sum())
+
+
+def _figure(
+    name: str, num_rows: int, seed: int, base: Callable[[Rows], float], adapter: Callable[[Rows], float]
+) -> EvaluationMetric:
+    everything = np.arange(num_rows)
+    low, high = bootstrap_interval(adapter, num_rows, seed=seed)
+    return EvaluationMetric(name, base(everything), adapter(everything), num_rows, low, high)

@@ -1,0 +1,67 @@
+"""Loss and token accuracy on given rows, teacher-forced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from services.trainer.tokens import TokenRow
+from services.trainer.training.batches import IGNORED_LABEL, collate
+from services.trainer.training.loss import counted_logits
+from services.trainer.training.model import AdapterModel
+
+
+@dataclass(frozen=True, slots=True)
+class RowScores:
+    """Sums over the counted tokens of each row, in the order given; each array is [rows].
+
+    Attributes:
+        loss_sums: cross-entropy in nats.
+        correct: tokens that were the most likely ones.
+        counts: counted tokens.
+    """
+
+    loss_sums: NDArray[np.float64]
+    correct: NDArray[np.float64]
+    counts: NDArray[np.float64]
+
+    @property
+    def loss(self) -> float:
+        """Mean over all counted tokens."""
+        return float(self.loss_sums.sum() / self.counts.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of all counted tokens."""
+        return float(self.correct.sum() / self.counts.sum())
+
+
+def measure(
+    model: AdapterModel, rows: Sequence[TokenRow], batch_size: int, *, check: Callable[[], None]
+) -> RowScores:
+    """Return the scores of `rows` under the model as it is now, `batch_size` rows at a time.
+
+    Args:
+        check: called before every forward pass; raises to give up.
+    """
+    model.model.eval()
+    result = np.zeros((3, len(rows)), dtype=np.float64)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    for start in range(0, len(order), batch_size):
+        check()
+        chosen = order[start : start + batch_size]
+        with torch.no_grad():
+            logits, targets = counted_logits(model, collate([rows[i] for i in chosen], model.pad_id))
+        counts = targets != IGNORED_LABEL
+        losses = functional.cross_entropy(
+            logits.transpose(1, 2), targets, ignore_index=IGNORED_LABEL, reduction="none"
+        )
+        hits = (logits.argmax(dim=-1) == targets) & counts
+        for row, values in enumerate((losses, hits, counts)):
+            result[row, chosen] = values.sum(dim=1).cpu().numpy()
+    return RowScores(*result)
