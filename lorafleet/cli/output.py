@@ -23,7 +23,7 @@ StateOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 results = Console(soft_wrap=True, highlight=False)
-progress = Console(stderr=True, highlight=False)
+progress = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def print_json(value: Mapping[str, Any]) -> None:

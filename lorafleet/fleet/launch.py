@@ -72,8 +72,14 @@ def up(
     running = lock.holder(state.lock_file) is not None
     config = _running_config(state, wishes) if running else prepare(state, wishes)
     daemon = None if running else _spawn_daemon(state)
-    api_key = _api_key(config, state)
-    _wait_until_ready(config, state, daemon, ready_seconds, watcher)
+    try:
+        api_key = _api_key(config, state)
+        _wait_until_ready(config, state, daemon, ready_seconds, watcher)
+    except FleetError:
+        # What this call started and could not make ready, it takes back.
+        if daemon is not None:
+            down(state)
+        raise
     supervisor_pid = lock.holder(state.lock_file)
     if supervisor_pid is None:
         raise FleetError(f"the fleet ended while it was starting; see {state.log_file('fleet')}")

@@ -68,8 +68,9 @@ class StateFolder:
         return self.run / "lock"
 
     def log_file(self, process: str) -> Path:
-        """Return the log of one process of the fleet."""
-        return self.logs / f"{process}.log"
+        """Return the log of one process of the fleet; Valkey keeps its own, beside its data."""
+        folder = self.valkey if process == "valkey" else self.logs
+        return folder / f"{process}.log"
 
     def read_secret(self, name: str) -> str | None:
         """Return a secret, or None where there is none of that name."""

@@ -1,0 +1,207 @@
+"""A whole fleet on a tiny base: the stock client's path through it, kill -9 and FLUSHALL."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import redis
+from openai import OpenAI
+from openai.types.fine_tuning import FineTuningJob
+
+from tests.support.models import make_tiny_llama
+
+BASE = "tiny"
+PROCESSES = ("valkey", "registry", "inference", "trainer", "gateway")
+ROWS = [{"prompt": f"say {number}\n", "completion": f"number {number}"} for number in range(24)]
+ENDED = {"succeeded", "failed", "cancelled"}
+
+
+def lorafleet(*arguments: str, expected_code: int = 0) -> dict[str, Any]:
+    """Run the command line with --json and return what it printed."""
+    command = [sys.executable, "-c", "from lorafleet.cli import main; main()", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == expected_code, f"{arguments}: {done.stdout}\n{done.stderr}"
+    answer = json.loads(done.stdout)
+    assert isinstance(answer, dict)
+    return answer
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.1)
+
+
+@dataclass
+class RunningFleet:
+    """A fleet that was started through the command line."""
+
+    state: Path
+    client: OpenAI
+
+    def processes(self) -> dict[str, dict[str, Any]]:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "from lorafleet.cli import main; main()",
+                "status",
+                "--json",
+                "--state",
+                str(self.state),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return {process["name"]: process for process in json.loads(done.stdout)["processes"]}
+
+    def all_ready(self) -> bool:
+        processes = self.processes()
+        return set(processes) == set(PROCESSES) and all(one["ready"] for one in processes.values())
+
+    def finished(self, job_id: str, seconds: float = 60.0) -> FineTuningJob:
+        wait_for(lambda: self.client.fine_tuning.jobs.retrieve(job_id).status in ENDED, seconds)
+        return self.client.fine_tuning.jobs.retrieve(job_id)
+
+    def create_job(self, suffix: str, epochs: int) -> FineTuningJob:
+        lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+        file = self.client.files.create(file=("rows.jsonl", lines), purpose="fine-tune")
+        return self.client.fine_tuning.jobs.create(
+            model=BASE,
+            training_file=file.id,
+            suffix=suffix,
+            seed=1,
+            method={
+                "type": "supervised",
+                "supervised": {"hyperparameters": {"n_epochs": epochs, "batch_size": 4}},
+            },
+        )
+
+    def answer(self, model: str) -> str:
+        chunks = self.client.completions.create(
+            model=model, prompt="say 3\n", max_tokens=12, temperature=0, stream=True
+        )
+        return "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+
+    def listing(self) -> dict[str, Any]:
+        """Everything that is published or recorded, as the API lists it."""
+        return {
+            "models": sorted(model.id for model in self.client.models.list()),
+            "files": sorted(file.id for file in self.client.files.list()),
+            "jobs": sorted((job.id, job.status) for job in self.client.fine_tuning.jobs.list()),
+            "adapters": lorafleet("list", "--state", str(self.state))["adapters"],
+        }
+
+
+@dataclass
+class Published:
+    """A fine-tuned adapter and its greedy answer."""
+
+    job: FineTuningJob
+    answer: str
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
+    folder = tmp_path_factory.mktemp("fleet")
+    state = folder / "state"
+    base = make_tiny_llama(folder / "base")
+    started = lorafleet("up", "--base", str(base), "--base-name", BASE, "--state", str(state))
+    try:
+        with OpenAI(base_url=started["base_url"], api_key=started["api_key"], timeout=60) as client:
+            yield RunningFleet(state, client)
+    finally:
+        lorafleet("down", "--state", str(state))
+
+
+@pytest.fixture(scope="module")
+def published(fleet: RunningFleet) -> Published:
+    job = fleet.finished(fleet.create_job("numbers", epochs=1).id)
+    assert job.status == "succeeded", job.error
+    assert job.fine_tuned_model is not None
+    return Published(job, fleet.answer(job.fine_tuned_model))
+
+
+def test_the_stock_client_goes_the_whole_path(fleet: RunningFleet, published: Published) -> None:
+    job = published.job
+    assert job.fine_tuned_model == f"ft:{BASE}:default:numbers:v1"
+    events = list(fleet.client.fine_tuning.jobs.list_events(job.id))
+    steps = [event for event in events if event.type == "metrics"]
+    assert steps
+    assert any(event.message and "succeeded" in json.dumps(event.to_dict()) for event in events)
+    models = {model.id for model in fleet.client.models.list()}
+    assert {BASE, "numbers"} <= models
+    assert published.answer
+    # One version, three names for it.
+    assert fleet.answer("numbers") == fleet.answer("numbers:1") == published.answer
+    assert fleet.answer(BASE) != published.answer
+
+
+def test_a_second_up_finds_the_fleet_running(fleet: RunningFleet) -> None:
+    again = lorafleet("up", "--state", str(fleet.state))
+    assert again["was_running"] is True
+    assert again["base_url"] == str(fleet.client.base_url).rstrip("/")
+    refused = lorafleet("up", "--state", str(fleet.state), "--base-name", "other", expected_code=1)
+    assert "already runs with another base_name" in refused["error"]["message"]
+
+
+def test_each_process_comes_back_from_kill_9(fleet: RunningFleet, published: Published) -> None:
+    before = fleet.listing()
+    for name in PROCESSES:
+        pid = fleet.processes()[name]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda name=name, pid=pid: fleet.processes()[name]["pid"] not in {None, pid})  # type: ignore[misc]
+        wait_for(fleet.all_ready)
+        assert fleet.listing() == before, f"after kill -9 of {name}"
+    assert fleet.answer("numbers") == published.answer
+
+
+def test_a_flushed_index_is_rebuilt(fleet: RunningFleet, published: Published) -> None:
+    before = fleet.listing()
+    port = json.loads((fleet.state / "fleet.json").read_text())["ports"]["valkey"]
+    with redis.Redis(port=port) as index:
+        index.flushall()
+    assert fleet.listing() == before
+    assert fleet.answer("numbers") == published.answer
+
+
+def test_up_again_after_everything_was_killed(fleet: RunningFleet, published: Published) -> None:
+    before = fleet.listing()
+    children = [one["pid"] for one in fleet.processes().values()]
+    supervisor = lorafleet("up", "--state", str(fleet.state))["supervisor_pid"]
+
+    os.kill(supervisor, signal.SIGKILL)
+
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in children))
+    lorafleet("status", "--state", str(fleet.state), expected_code=1)
+    again = lorafleet("up", "--state", str(fleet.state))
+    assert again["was_running"] is False
+    assert fleet.listing() == before
+    assert fleet.answer("numbers") == published.answer
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_after_its_trainer_was_killed(fleet: RunningFleet, published: Published) -> None:
+    job = fleet.create_job("long", epochs=50)
+    wait_for(lambda: fleet.client.fine_tuning.jobs.retrieve(job.id).status == "running")
+    wait_for(lambda: len(fleet.client.fine_tuning.jobs.list_events(job.id, limit=20).data) > 5)
+    os.kill(fleet.processes()["trainer"]["pid"], signal.SIGKILL)
+    wait_for(fleet.all_ready)
+    ended = fleet.finished(job.id, seconds=300)
+    assert ended.status == "succeeded", ended.error
+    assert ended.fine_tuned_model == f"ft:{BASE}:default:long:v1"
+    adapters = {adapter["name"]: adapter for adapter in fleet.listing()["adapters"]}
+    assert adapters["long"]["num_versions"] == 1
+    assert fleet.answer("numbers") == published.answer
