@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from services.common import names
 from services.common.errors import Aborted, FailedPrecondition, NotFound
-from services.registry.adapters import Adapters, adapter_not_found, alias_not_found, version_not_found
 from services.registry.catalogue import Catalogue, Mutation
 from services.registry.clock import now_ms
 from services.registry.index import adapter_key, tenant_key
+from services.registry.lookup import Lookup, adapter_not_found, alias_not_found, version_not_found
 from services.registry.records import ALIAS_MOVES, AliasMove
 
 
 class Aliases:
     """The aliases of all tenants; each call acts for one."""
 
-    def __init__(self, catalogue: Catalogue, adapters: Adapters) -> None:
+    def __init__(self, catalogue: Catalogue, lookup: Lookup) -> None:
         self._catalogue = catalogue
-        self._adapters = adapters
+        self._lookup = lookup
 
     async def set(
         self, tenant: str, adapter: str, alias: str, version: int, *, expected_generation: int | None
@@ -82,7 +82,7 @@ class Aliases:
             NotFound: `adapter_not_found`.
         """
         if adapter:
-            return list((await self._adapters.overview(tenant, adapter)).aliases)
+            return list((await self._lookup.overview(tenant, adapter)).aliases)
         [found] = await self._catalogue.query(("ZRANGE", tenant_key(tenant, "adapters"), 0, -1))
         hashes = await self._catalogue.query(
             *(("HVALS", adapter_key(tenant, name.decode(), "aliases")) for name in found)
@@ -125,7 +125,7 @@ class Aliases:
         version: int,
         last: AliasMove | None,
     ) -> AliasMove:
-        target = await self._adapters.version(mutation, tenant, adapter, version)
+        target = await self._lookup.version(mutation, tenant, adapter, version)
         if target is None:
             raise version_not_found(adapter, version)
         if target.delete_time_ms is not None:

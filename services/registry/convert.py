@@ -10,8 +10,8 @@ from lorafleet.registry.v1 import adapter_pb2, base_model_pb2, file_pb2
 from services.common import names
 from services.common.errors import InvalidArgument
 from services.common.fingerprint import BaseFingerprint, ComputeDtype, Quantization, QuantizationType
-from services.registry.adapters import AdapterOverview, Version
 from services.registry.files import checked_filename, checked_optional_digest
+from services.registry.lookup import AdapterOverview, Version
 from services.registry.publishing import Publication
 from services.registry.records import (
     AliasMove,

@@ -16,6 +16,7 @@ from services.registry.catalogue import Catalogue
 from services.registry.config import RegistrySettings
 from services.registry.files import Files
 from services.registry.index import Index
+from services.registry.lookup import Lookup
 from services.registry.servicers import AdapterServicer, BaseModelServicer, FileServicer
 
 SERVICES = (
@@ -39,14 +40,15 @@ class Registry:
         limits = self._settings.limits()
         blobs = Blobs(self._store)
         bases = Bases(self._catalogue, limits)
-        adapters = Adapters(self._catalogue, blobs, bases, limits)
+        lookup = Lookup(self._catalogue)
+        adapters = Adapters(self._catalogue, lookup, blobs, bases, limits)
         files = Files(self._catalogue, blobs)
         scratch_dir = self._settings.scratch_dir
-        aliases = Aliases(self._catalogue, adapters)
+        aliases = Aliases(self._catalogue, lookup)
         base_model_pb2_grpc.add_BaseModelServiceServicer_to_server(BaseModelServicer(bases), host.server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
             # The calls of later versions are not overridden: they answer UNIMPLEMENTED.
-            AdapterServicer(adapters, aliases, scratch_dir),  # type: ignore[abstract]
+            AdapterServicer(lookup, adapters, aliases, scratch_dir),  # type: ignore[abstract]
             host.server,
         )
         file_pb2_grpc.add_FileServiceServicer_to_server(

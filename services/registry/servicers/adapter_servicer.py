@@ -17,6 +17,7 @@ from services.common.names import AdapterRef
 from services.registry import convert, paging
 from services.registry.adapters import Adapters
 from services.registry.aliases import Aliases
+from services.registry.lookup import Lookup
 from services.registry.publishing import Incoming
 from services.registry.servicers.chunks import check_chunk, length_or_all
 from services.registry.uninterrupted import in_thread
@@ -25,7 +26,10 @@ from services.registry.uninterrupted import in_thread
 class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     """Publishes, resolves, serves and retires versions, and moves aliases, for the tenant of the call."""
 
-    def __init__(self, adapters: Adapters, aliases: Aliases, scratch_dir: Path | None) -> None:
+    def __init__(
+        self, lookup: Lookup, adapters: Adapters, aliases: Aliases, scratch_dir: Path | None
+    ) -> None:
+        self._lookup = lookup
         self._adapters = adapters
         self._aliases = aliases
         self._scratch_dir = scratch_dir
@@ -58,7 +62,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.GetAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapter_pb2.Adapter:
         """See adapter.proto."""
-        return convert.adapter_to_message(await self._adapters.overview(current_tenant(), request.adapter))
+        return convert.adapter_to_message(await self._lookup.overview(current_tenant(), request.adapter))
 
     async def ListAdapters(  # noqa: N802
         self, request: adapter_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -66,7 +70,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         """See adapter.proto."""
         size = paging.page_size(request.page_size)
         after = paging.position(request.page_token)
-        found, more = await self._adapters.page(current_tenant(), after, size, request.name_contains)
+        found, more = await self._lookup.page(current_tenant(), after, size, request.name_contains)
         return adapter_pb2.ListAdaptersResponse(
             adapters=[convert.adapter_to_message(adapter) for adapter in found],
             next_page_token=paging.token_after(found[-1].name) if more else "",
@@ -84,13 +88,13 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> adapter_pb2.AdapterVersion:
         """See adapter.proto."""
         ref = AdapterRef.parse(request.ref, field="ref")
-        return convert.version_to_message(await self._adapters.resolve(current_tenant(), ref))
+        return convert.version_to_message(await self._lookup.resolve(current_tenant(), ref))
 
     async def ListVersions(  # noqa: N802
         self, request: adapter_pb2.ListVersionsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapter_pb2.ListVersionsResponse:
         """See adapter.proto."""
-        versions, more = await self._adapters.versions_page(
+        versions, more = await self._lookup.versions_page(
             current_tenant(),
             request.adapter,
             paging.number_position(request.page_token),
@@ -107,7 +111,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> AsyncIterator[adapter_pb2.DownloadVersionResponse]:
         """See adapter.proto."""
         ref = AdapterRef.parse(request.ref, field="ref")
-        version = await self._adapters.resolve(current_tenant(), ref)
+        version = await self._lookup.resolve(current_tenant(), ref)
         pieces = self._adapters.download(
             version, request.file, offset=request.offset, length=length_or_all(request.length)
         )
