@@ -65,6 +65,9 @@ def error_response(error: LorafleetError) -> JSONResponse:
         headers["x-should-retry"] = "false"
     if error.code is Code.UNAUTHENTICATED:
         headers["www-authenticate"] = "Bearer"
+    if http_status(error) == 413:
+        # What is left of the body is not read: it would only be thrown away.
+        headers["connection"] = "close"
     return JSONResponse(error_body(error), status_code=http_status(error), headers=headers)
 
 

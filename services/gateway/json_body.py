@@ -95,8 +95,11 @@ def check(body_class: type[BodyT], data: dict[str, Any]) -> BodyT:
     try:
         return body_class.model_validate(data)
     except ValidationError as error:
-        violations = [_violation(detail, data) for detail in error.errors(include_url=False)]
-        violations.sort(key=_explains_less)
+        ranked = sorted(
+            ((_violation(detail, data), detail["type"]) for detail in error.errors(include_url=False)),
+            key=lambda pair: _explains_less(*pair),
+        )
+        violations = [violation for violation, _ in ranked]
         first = violations[0]
         raise InvalidArgument(
             first.reason, first.description, field=first.field or None, violations=violations
@@ -124,10 +127,13 @@ def _violation(detail: ErrorDetails, data: dict[str, Any]) -> FieldViolation:
     return FieldViolation(field, f"{field}: {said}" if field else said, "invalid_value")
 
 
-def _explains_less(violation: FieldViolation) -> tuple[bool, int]:
-    """Sort a field that does not belong here first, then the deepest, the nearest of a union's errors."""
+def _explains_less(violation: FieldViolation, kind: str) -> tuple[bool, bool, int]:
+    """Sort a field that does not belong here first.
+
+    Of the errors of a union the nearest comes first: one of a member that has the right type, or the deepest.
+    """
     depth = violation.field.count("[") + violation.field.count(".")
-    return violation.reason != "unsupported_parameter", -depth
+    return violation.reason != "unsupported_parameter", kind.endswith("_type"), -depth
 
 
 def _path(location: Sequence[int | str], data: Any) -> str:
