@@ -213,8 +213,12 @@ def _wait_until_ready(
             raise FleetError(f"the supervisor ended:\n{tail(state.log_file('fleet'))}")
         _raise_if_hopeless(state, ready)
         if time.monotonic() > deadline:
-            waiting = ", ".join(name for name, is_there in ready.items() if not is_there)
-            raise FleetError(f"not ready within {ready_seconds:g} seconds: {waiting}; see {state.logs}")
+            waiting = [name for name, is_there in ready.items() if not is_there]
+            last_words = "\n".join(f"{name}: {tail(state.log_file(name), lines=1)}" for name in waiting)
+            raise FleetError(
+                f"not ready within {ready_seconds:g} seconds: {', '.join(waiting)}; the ends of their logs:\n"
+                f"{last_words}"
+            )
         time.sleep(_POLL_SECONDS)
 
 

@@ -26,12 +26,15 @@ class RotatingLog:
     def write(self, data: bytes) -> None:
         """Append `data`; it is in the file when this returns."""
         size_bytes = self._path.stat().st_size if self._path.exists() else 0
-        if size_bytes > 0 and size_bytes + len(data) > self._max_bytes:
-            self._rotate()
+        if size_bytes + len(data) > self._max_bytes:
+            self.begin_anew()
         with self._path.open("ab") as file:
             file.write(data)
 
-    def _rotate(self) -> None:
+    def begin_anew(self) -> None:
+        """Put what was written so far aside, if anything was."""
+        if not self._path.exists() or self._path.stat().st_size == 0:
+            return
         for number in range(self._kept_files - 1, 0, -1):
             older = self._path.with_name(f"{self._path.name}.{number}")
             if older.exists():

@@ -72,6 +72,8 @@ class ServiceProcess:
         self._command = tuple(command)
         self._environment = dict(environment)
         self._log = RotatingLog(log_file)
+        # The log of this run begins with this run.
+        self._log.begin_anew()
         self._pump = pump
         self._process: subprocess.Popen[bytes] | None = None
 

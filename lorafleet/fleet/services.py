@@ -38,7 +38,8 @@ def environment(service: str, config: FleetConfig, state: StateFolder) -> dict[s
     own |= _settings(service, config, state)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LORAFLEET_")}
     prefix = f"LORAFLEET_{service.upper()}_"
-    return inherited | {prefix + name.upper(): value for name, value in own.items()}
+    # Progress bars of libraries have no place in a log.
+    return inherited | {"TQDM_DISABLE": "1"} | {prefix + name.upper(): value for name, value in own.items()}
 
 
 def _settings(service: str, config: FleetConfig, state: StateFolder) -> dict[str, str]:
@@ -60,7 +61,7 @@ def _settings(service: str, config: FleetConfig, state: StateFolder) -> dict[str
                 "base_name": config.base_name,
                 "base_path": str(config.base_path),
                 "quantization": config.quantization,
-                "dtype": config.compute_dtype,
+                "compute_dtype": config.compute_dtype,
                 "adapter_cache_path": str(state.cache / "adapters"),
             }
         case "gateway":
