@@ -95,7 +95,9 @@ def text_of(events: Sequence[TokenEvent], index: int = 0) -> str:
 class Reference:
     """transformers and PEFT, one request at a time: the slow twin of the engine."""
 
-    def __init__(self, base: Path, adapters: Mapping[str, Path], *, nf4: bool = False) -> None:
+    def __init__(
+        self, base: Path, adapters: Mapping[str, Path], *, nf4: bool = False, device: str = "cpu"
+    ) -> None:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -108,7 +110,7 @@ class Reference:
             local_files_only=True,
             attn_implementation="eager",
             quantization_config=quantization if nf4 else None,
-            device_map={"": "cpu"},
+            device_map={"": device},
         )
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -129,7 +131,7 @@ class Reference:
         return result
 
     def _call(self, adapter: str | None, method: str, *, prompt: Sequence[int], **arguments: Any) -> Any:
-        ids = torch.tensor([list(prompt)])
+        ids = torch.tensor([list(prompt)], device=self._model.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **arguments}
         if adapter is None:
             with self._model.disable_adapter():

@@ -232,12 +232,14 @@ class AdapterCache:
 
     def stats(self) -> CacheStats:
         """Return a copy of the counters and gauges."""
+        # Asked first: the disk may be slow, and the device thread must never wait for it by way of our lock.
+        disk_used_bytes = self._disk.used_bytes
         with self._lock:
             stats = self._stats
             return CacheStats(
                 self._host_used_bytes,
                 self._slots.used_bytes,
-                self._disk.used_bytes,
+                disk_used_bytes,
                 stats.hits,
                 stats.misses,
                 stats.loads,

@@ -19,7 +19,7 @@ from tests.support.engines import FolderFetcher, digest_of, make_engine, request
 from tests.support.models import make_peft_adapter, make_tiny_llama
 
 PROMPT = [40, 50, 60, 70]
-LONG = {"max_tokens": 400, "ignore_eos": True}
+LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def test_a_stop_token_ends_it_and_has_no_text(engine: Engine) -> None:
 
 
 def test_the_end_of_sequence_token_ends_it_unless_ignored(engine: Engine) -> None:
-    forced = {"max_tokens": 3, "logit_bias": {0: 100.0}}
+    forced: dict[str, Any] = {"max_tokens": 3, "logit_bias": {0: 100.0}}
     engine.add(request("ends", PROMPT, **forced))
     engine.add(request("goes-on", PROMPT, ignore_eos=True, **forced))
     engine.add(request("later", PROMPT, min_tokens=2, **forced))
