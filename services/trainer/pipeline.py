@@ -6,6 +6,7 @@ import asyncio
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from services.common.errors import DataLoss
@@ -27,6 +28,7 @@ from services.trainer.job import (
 )
 from services.trainer.journal import checkpoint_prefix
 from services.trainer.link import Order, Outcome, WorkerLink
+from services.trainer.patience import Patience
 from services.trainer.preparation import PreparedData, prepare
 from services.trainer.publishing import job_result, metrics_csv, model_card
 from services.trainer.registry_client import RegistryClient
@@ -66,6 +68,7 @@ class Pipeline:
         self._folder = folder
         self._base_path = settings.bases[job.request.base_model]
         self._encoder = PromptEncoder.load(self._base_path)
+        self._patience = Patience(self.check)
         self._last_event = 0.0
         self._written_step = job.checkpoints[-1].step if job.checkpoints else 0
 
@@ -117,7 +120,7 @@ class Pipeline:
         checkpoint_id = new_id(CHECKPOINT_PREFIX)
         folder = self._folder / checkpoint_id
         run.write(folder)
-        digest = self._checkpoints.save(folder, checkpoint_id)
+        digest = self._patience.do(lambda: self._checkpoints.save(folder, checkpoint_id))
         last = state.figures[-1] if state.figures else None
         checkpoint = Checkpoint(
             id=checkpoint_id,
@@ -131,7 +134,7 @@ class Pipeline:
         )
         self._record(Draft(f"Checkpoint at step {state.step}", facts=Facts(checkpoint=checkpoint)))
         self._written_step = state.step
-        self._checkpoints.discard([old.id for old in self._job.checkpoints[:-KEPT_CHECKPOINTS]])
+        self._checkpoints.discard([old.id for old in self._job.checkpoints[:-KEPT_CHECKPOINTS]][-1:])
 
     def between_steps(self, run: TrainingRun) -> None:
         """Hand the job back where the worker wants that, with all that was done."""
@@ -148,7 +151,9 @@ class Pipeline:
         paths = []
         for file_id in filter(None, (request.training_file, request.validation_file)):
             path = self._folder / file_id
-            await registry.download(file_id, path, max_bytes=self._settings.max_dataset_bytes)
+            await self._patience.call(
+                partial(registry.download, file_id, path, max_bytes=self._settings.max_dataset_bytes)
+            )
             paths.append(path)
         validation_path = paths[1] if len(paths) > 1 else None
         data = await asyncio.to_thread(
@@ -181,7 +186,7 @@ class Pipeline:
         if self._job.checkpoints:
             last = self._job.checkpoints[-1]
             folder = self._folder / last.id
-            self._checkpoints.load(last.id, last.manifest_digest, folder)
+            self._patience.do(lambda: self._checkpoints.load(last.id, last.manifest_digest, folder))
             run.resume(folder)
             self._send(Draft(f"Going on from step {run.state.step}", data={"step": float(run.state.step)}))
         return run
@@ -201,7 +206,8 @@ class Pipeline:
     async def _store_figures(self, registry: RegistryClient, run: TrainingRun) -> None:
         if self._job.result_file is None:
             data = metrics_csv(run.state.figures)
-            file_id = await registry.create_result_file(f"{self._job.id}-metrics.csv", data)
+            filename = f"{self._job.id}-metrics.csv"
+            file_id = await self._patience.call(partial(registry.create_result_file, filename, data))
             self._record(Draft("Metrics of every step stored", facts=Facts(result_file=file_id)))
 
     async def _publish(self, registry: RegistryClient, model: AdapterModel) -> None:
@@ -212,12 +218,15 @@ class Pipeline:
         base = await asyncio.to_thread(
             TrainableBase.load, request.base_model, self._base_path, self._settings.base_quantization
         )
-        published = await registry.publish(
-            folder,
-            adapter=request.adapter,
-            base_fingerprint_digest=base.fingerprint.digest,
-            card=model_card(self._job, self._encoder),
-            idempotency_key=self._job.id,
+        published = await self._patience.call(
+            partial(
+                registry.publish,
+                folder,
+                adapter=request.adapter,
+                base_fingerprint_digest=base.fingerprint.digest,
+                card=model_card(self._job, self._encoder),
+                idempotency_key=self._job.id,
+            )
         )
         self._succeed(job_result(self._job, published))
 
@@ -230,6 +239,8 @@ class Pipeline:
                 facts=Facts(result=result),
             )
         )
+        # The version is what is left of the job; nothing goes on from its checkpoints any more.
+        self._checkpoints.discard([old.id for old in self._job.checkpoints[-KEPT_CHECKPOINTS:]])
 
     def _measured_minutes(self, progress: Progress) -> Facts | None:
         estimate = self._job.estimate

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from services.common import logs
 from services.common.call_context import call_scope
@@ -38,6 +39,7 @@ def main() -> int:
     logs.configure("trainer-job", settings.log_level)
     os.nice(settings.niceness)
     torch.set_num_threads(settings.torch_threads)
+    disable_progress_bar()
     link = WorkerLink()
     job = link.receive_job()
     try:

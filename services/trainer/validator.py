@@ -116,9 +116,11 @@ class Validator:
                     await self._validate(claim)
             except (StaleLeaseError, Unavailable, DeadlineExceeded) as error:
                 _logger.warning("validation put off", extra={"reason": error.reason})
+                await wait_for(self._stopping, RETRY_SECONDS)
             except Exception:
                 _logger.exception("validation put off")
-            if claim is None or self._stopping.is_set():
+                await wait_for(self._stopping, RETRY_SECONDS)
+            if claim is None:
                 await wait_for(self._stopping, IDLE_SECONDS)
 
     async def _validate(self, claim: Claim) -> None:
@@ -138,7 +140,8 @@ class Validator:
     async def _record(self, claim: Claim, given_up: threading.Event) -> None:
         request = claim.job.request
         names = " and ".join(filter(None, (request.training_file, request.validation_file)))
-        await self._book.append(claim, [Draft(f"Validating training file: {names}")])
+        if claim.job.last_sequence == 1:
+            await self._book.append(claim, [Draft(f"Validating training file: {names}")])
         try:
             base = self._bases.find(request.base_model)
             with call_scope(tenant=request.tenant, request_id=request.id):

@@ -57,12 +57,12 @@ class CheckpointStore:
         """Store the files of `folder` under `checkpoint_id` and return the digest of the manifest."""
         entries = []
         for path in sorted(folder.iterdir()):
-            self._store.put_file(self._key(checkpoint_id, path.name), path, if_absent=True)
+            self._store.put_file(self._key(checkpoint_id, path.name), path)
             entries.append(
                 {"name": path.name, "size_bytes": path.stat().st_size, "digest": _file_digest(path)}
             )
         manifest = json.dumps({"files": entries}, sort_keys=True).encode("ascii")
-        self._store.put(self._key(checkpoint_id, MANIFEST), manifest, if_absent=True)
+        self._store.put(self._key(checkpoint_id, MANIFEST), manifest)
         return _digest(manifest)
 
     def load(self, checkpoint_id: str, manifest_digest: str, folder: Path) -> None:
