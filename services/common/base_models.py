@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from lorafleet.registry.v1 import base_model_pb2 as messages
-from lorafleet.registry.v1.base_model_pb2_grpc import BaseModelServiceAsyncStub
 from services.common import fingerprint, status
 from services.common.adapter_format.strict_json import StrictJsonError, parse_object
 from services.common.call_context import call_scope
 from services.common.errors import Code, FailedPrecondition
 from services.common.fingerprint import BaseFingerprint, QuantizationType
+
+if TYPE_CHECKING:
+    from lorafleet.registry.v1.base_model_pb2_grpc import BaseModelServiceAsyncStub
 
 _logger = logging.getLogger("lorafleet.base_models")
 

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -16,13 +17,15 @@ from lorafleet.registry.v1.adapter_pb2 import (
     DeltaKind,
     ResolveVersionRequest,
 )
-from lorafleet.registry.v1.adapter_pb2_grpc import AdapterServiceAsyncStub
 from services.common import status
 from services.common.adapter_format import CONFIG_FILE, WEIGHTS_FILE, version_digest
 from services.common.call_context import current_tenant
 from services.common.errors import Code, DataLoss, FailedPrecondition, LorafleetError, NotFound, Unavailable
 from services.common.names import AdapterRef
 from services.inference.sources import AdapterSource, AdapterSources, SourceFile
+
+if TYPE_CHECKING:
+    from lorafleet.registry.v1.adapter_pb2_grpc import AdapterServiceAsyncStub
 
 _MAX_CACHED = 65536
 _RETRY_AFTER_SECONDS = 1.0

@@ -9,6 +9,8 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A character has at most four bytes, and so at most four tokens; more tokens than this without a complete
 # character are not the beginning of one.
 _MAX_HELD_TOKENS = 8
+# Bytes that are no text at all may come without end; what is decoded again and again must not grow with them.
+_MAX_WINDOW_TOKENS = 64
 _CONTEXT_TOKENS = 6
 
 
@@ -30,32 +32,40 @@ class Detokenizer:
         self._tokens = list(prompt_token_ids[-_CONTEXT_TOKENS:])
         while len(self._tokens) > 1 and self._decode(self._tokens).startswith(_REPLACEMENT):
             del self._tokens[0]
-        self._emitted = len(self._tokens)
+        # The part of the tokens' text that belongs to the prompt or has been emitted.
+        self._known = self._decode(self._tokens)
+        self._num_held = 0
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that is now certain."""
         self._tokens.append(token_id)
-        held = len(self._tokens) - self._emitted
-        return self._take(even_if_incomplete=held >= _MAX_HELD_TOKENS)
+        self._num_held += 1
+        text = self._decode(self._tokens)
+        if not text.endswith(_REPLACEMENT) or self._num_held >= _MAX_WINDOW_TOKENS:
+            return self._emit(text, is_settled=True)
+        if self._num_held < _MAX_HELD_TOKENS:
+            return ""
+        # So many bytes are not one character: only the last mark may still become one.
+        return self._emit(text[:-1], is_settled=False)
 
     def flush(self) -> str:
         """Return what is held back, as it stands."""
-        return self._take(even_if_incomplete=True)
+        return self._emit(self._decode(self._tokens), is_settled=True)
 
-    def _take(self, *, even_if_incomplete: bool) -> str:
-        before = self._decode(self._tokens[: self._emitted])
-        after = self._decode(self._tokens)
-        if after.endswith(_REPLACEMENT) and not even_if_incomplete:
-            return ""
+    def _emit(self, text: str, *, is_settled: bool) -> str:
+        known = self._known
         # A prompt that ends within a character has its replacement mark replaced by what completes it.
-        known = before if after.startswith(before) else before.rstrip(_REPLACEMENT)
-        text = after[len(known) :]
-        if text or even_if_incomplete:
+        while known.endswith(_REPLACEMENT) and not text.startswith(known):
+            known = known[:-1]
+        new = text[len(known) :]
+        self._known = text
+        if is_settled and (new or len(self._tokens) > _MAX_WINDOW_TOKENS):
             # What was just emitted is the context of what comes next; a token without text would be a poor
             # one.
-            self._tokens = self._tokens[self._emitted :] or self._tokens
-            self._emitted = len(self._tokens)
-        return text
+            self._tokens = self._tokens[-self._num_held if new else -_CONTEXT_TOKENS :]
+            self._known = self._decode(self._tokens)
+            self._num_held = 0
+        return new
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._decoder.decode(token_ids, skip_special_tokens=True)
