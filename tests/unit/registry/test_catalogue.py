@@ -151,3 +151,13 @@ async def test_objects_that_are_not_records_do_not_count(tmp_path: Path) -> None
     store.put("other/x", b"x")
     assert Journal(store).count() == 0
     assert Journal(store).snapshot().records == ()
+
+
+async def test_a_commit_does_not_revive_an_emptied_index(redis_client: Redis) -> None:
+    index = Index(redis_client)
+    assert await index.replace([], extra=[], num_records=0)
+    assert await index.commit(record(1), num_records_before=0)
+    assert not await index.commit(record(2), num_records_before=0)
+    await redis_client.flushall()
+    assert not await index.commit(record(2), num_records_before=1)
+    assert await redis_client.keys("*") == []
