@@ -13,7 +13,7 @@ from tests.support.registry import (
     Upload,
     reason_of,
 )
-from tests.support.registry_fixtures import WEIGHTS, client
+from tests.support.registry_fixtures import WEIGHTS, client, local
 
 __all__ = ["client", "local"]
 
