@@ -20,9 +20,9 @@ from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
 from lorafleet.trainer.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from services.common.call_context import call_scope
 from services.common.channels import open_channel
+from services.common.server import ServiceHost
 from services.common.status import from_rpc_error
 from services.registry.service import SERVICES, Registry
-from services.common.server import ServiceHost
 from tests.support.registry import Client, Place
 
 BASE = "tiny-llama"
@@ -193,10 +193,10 @@ def losses(events: Sequence[job_pb2.JobEvent]) -> list[float]:
 
 async def _address(port_file: Path, process: asyncio.subprocess.Process) -> str:
     async with asyncio.timeout(60):
-        while not port_file.exists():
+        while not await asyncio.to_thread(port_file.exists):
             assert process.returncode is None, f"the trainer ended with {process.returncode}"
             await asyncio.sleep(0.05)
-    return port_file.read_text("ascii").strip()
+    return (await asyncio.to_thread(port_file.read_text, "ascii")).strip()
 
 
 async def _serving(channel: grpc.aio.Channel) -> None:

@@ -1,4 +1,7 @@
-"""Training files: what is accepted, and that every bad line is named. Row numbers are those of the fault catalogue."""
+"""Training files: what is accepted, and that every bad line is named.
+
+The numbers in the test ids are those of the fault catalogue.
+"""
 
 from __future__ import annotations
 
