@@ -25,6 +25,7 @@ from services.gateway.model_choice import chosen_model
 from services.gateway.sampling import sampling_params
 from services.gateway.sse import EventStream
 from services.gateway.state import Gateway, gateway_of
+from services.gateway.upstream_fields import CHAT_FIELDS
 
 router = APIRouter(dependencies=[Depends(requires(Scope.INFERENCE))])
 
@@ -115,6 +116,7 @@ async def _admit(gateway: Gateway, tenant: str, body: ChatRequest) -> Answer:
         [generate],
         completions=body.completions,
         timeout_seconds=gateway.settings.stream_timeout_seconds,
+        fields=CHAT_FIELDS,
     )
     return Answer(body, new_id("chatcmpl"), int(time.time()), group)
 

@@ -27,6 +27,7 @@ from services.gateway.model_choice import chosen_model
 from services.gateway.sampling import sampling_params
 from services.gateway.sse import EventStream
 from services.gateway.state import Gateway, gateway_of
+from services.gateway.upstream_fields import COMPLETION_FIELDS
 
 router = APIRouter(dependencies=[Depends(requires(Scope.INFERENCE))])
 
@@ -121,6 +122,7 @@ async def _admit(gateway: Gateway, tenant: str, body: CompletionRequest) -> Answ
         requests,
         completions=body.completions,
         timeout_seconds=gateway.settings.stream_timeout_seconds,
+        fields=COMPLETION_FIELDS,
     )
     return Answer(body, new_id("cmpl"), int(time.time()), group, echoes)
 

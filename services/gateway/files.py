@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
+import grpc
 from fastapi import APIRouter, Depends, Query
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,10 +26,12 @@ from services.common.errors import InvalidArgument
 from services.gateway.auth import requires
 from services.gateway.byte_stream import ByteStream
 from services.gateway.disconnect import while_connected
+from services.gateway.errors import from_upstream
 from services.gateway.keys import Scope
 from services.gateway.paging import all_items, in_memory, page_after, page_size
 from services.gateway.state import Gateway, gateway_of
 from services.gateway.uploads import Upload
+from services.gateway.upstream_fields import in_http_terms
 
 router = APIRouter(dependencies=[Depends(requires(Scope.FILES))])
 
@@ -37,6 +40,8 @@ _PURPOSES = {
     "fine-tune": FilePurpose.FILE_PURPOSE_FINE_TUNE,
     "fine-tune-results": FilePurpose.FILE_PURPOSE_FINE_TUNE_RESULTS,
 }
+# From the registry's field names to ours.
+FIELDS = {"data": "file", "header.filename": "file", "header.": "", "digest": "file"}
 _PURPOSE_NAMES = {number: name for name, number in _PURPOSES.items()}
 
 
@@ -122,9 +127,12 @@ async def _send(gateway: Gateway, header: CreateFileHeader, upload: Upload) -> F
         async for chunk in upload.chunks():
             yield CreateFileRequest(data=chunk)
 
-    return await gateway.upstream.files.CreateFile(
-        messages(), timeout=gateway.settings.stream_timeout_seconds
-    )
+    try:
+        return await gateway.upstream.files.CreateFile(
+            messages(), timeout=gateway.settings.stream_timeout_seconds
+        )
+    except grpc.RpcError as error:
+        raise in_http_terms(from_upstream(error), FIELDS) from error
 
 
 async def _bytes_of(responses: AsyncIterator[DownloadFileResponse]) -> AsyncGenerator[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -41,8 +41,11 @@ Event = tuple[int, Delta | Finished]
 class Generation:
     """One admitted call."""
 
-    def __init__(self, call: grpc.aio.UnaryStreamCall[GenerateRequest, GenerateResponse]) -> None:
+    def __init__(
+        self, call: grpc.aio.UnaryStreamCall[GenerateRequest, GenerateResponse], fields: Mapping[str, str]
+    ) -> None:
         self._call = call
+        self._fields = fields
         self._responses: AsyncIterator[GenerateResponse] = aiter(call)
         self._completions = 0
         self.started = Started()
@@ -83,7 +86,7 @@ class Generation:
         try:
             return await anext(self._responses, None)
         except grpc.RpcError as error:
-            raise in_http_terms(from_upstream(error)) from error
+            raise in_http_terms(from_upstream(error), self._fields) from error
 
 
 class GenerationGroup:
@@ -150,13 +153,23 @@ async def admit(
     *,
     completions: int,
     timeout_seconds: float,
+    fields: Mapping[str, str],
 ) -> GenerationGroup:
     """Start one call per request and return when all are admitted; when one is refused, none goes on.
+
+    Args:
+        inference: who answers.
+        requests: one for each prompt.
+        completions: how many each prompt gets.
+        timeout_seconds: for each call as a whole.
+        fields: how the HTTP request names inference's fields.
 
     Raises:
         LorafleetError: the first refusal.
     """
-    generations = [Generation(inference.Generate(request, timeout=timeout_seconds)) for request in requests]
+    generations = [
+        Generation(inference.Generate(request, timeout=timeout_seconds), fields) for request in requests
+    ]
     group = GenerationGroup(generations)
     waiting = [asyncio.create_task(generation.admit(completions)) for generation in generations]
     try:

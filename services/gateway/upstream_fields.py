@@ -8,7 +8,7 @@ from services.common.errors import FieldViolation, LorafleetError
 from services.gateway.errors import model_not_found
 
 _MODEL_REASONS = frozenset({"adapter_not_found", "version_not_found", "alias_not_found", "base_not_found"})
-_GENERATION_FIELDS = {
+COMPLETION_FIELDS = {
     "model.adapter": "model",
     "adapter": "model",
     "ref": "model",
@@ -19,22 +19,21 @@ _GENERATION_FIELDS = {
     "tokens.token_ids": "prompt",
     "tokens": "prompt",
 }
+CHAT_FIELDS = {**COMPLETION_FIELDS, "prompt": "messages"}
 
 
-def in_http_terms(error: LorafleetError, fields: Mapping[str, str] | None = None) -> LorafleetError:
+def in_http_terms(error: LorafleetError, fields: Mapping[str, str] = COMPLETION_FIELDS) -> LorafleetError:
     """Return the error with its fields renamed; a model that is absent becomes `model_not_found`.
 
     Args:
         error: what a service reported.
-        fields: from the beginning of a service's field path to what stands in its place; those of generation
-            when None.
+        fields: from the beginning of a service's field path to what stands in its place.
     """
-    table = _GENERATION_FIELDS if fields is None else fields
     if error.reason in _MODEL_REASONS:
         return model_not_found()
-    error.field = error.field and _renamed(error.field, table)
+    error.field = error.field and _renamed(error.field, fields)
     error.violations = tuple(
-        FieldViolation(_renamed(violation.field, table), violation.description, violation.reason)
+        FieldViolation(_renamed(violation.field, fields), violation.description, violation.reason)
         for violation in error.violations
     )
     return error

@@ -23,7 +23,7 @@ ROUTES = [
     for router in ROUTERS
     for route in router.routes
     if isinstance(route, APIRoute)
-    for method in sorted(route.methods)
+    for method in sorted(route.methods or ())
 ]
 
 
@@ -60,7 +60,9 @@ def test_every_route_but_health_refuses_without_a_key(
     assert json.loads(bodies.pop())["error"]["code"] == "invalid_api_key"
 
 
-def test_row_93_no_bad_key_is_told_apart(gateway: GatewayUnderTest, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_row_93_no_bad_key_is_told_apart(
+    gateway: GatewayUnderTest, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     revoked = gateway.new_key()
     gateway.keys.revoke(revoked.split("-")[1])
     expired = gateway.new_key(lifetime_seconds=0)

@@ -1,4 +1,4 @@
-"""Bad requests, by their rows in the fault catalogue: each is refused by name, cheaply, and reaches no service."""
+"""Bad requests, by their rows in the fault catalogue: each refused by name and cheaply, by the gateway."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.support.gateway import GatewayUnderTest, running_gateway
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 JSON = {"content-type": "application/json"}
+WITH_TEMPERATURE = b'{"model":"tiny-base","messages":[{"role":"user","content":"a"}],"temperature":%b}'
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +56,10 @@ def refused(gateway: GatewayUnderTest, path: str, **request: Any) -> tuple[int, 
         (67, b'{"messages":' + b"[" * 100_000, JSON, 400, "invalid_json"),
         (67, b'{"messages": "' + b"x" * (5 << 20) + b'"}', JSON, 413, "too_large"),
         (67, b'{"a":[' + b"1," * 1_000_000 + b"1]}", JSON, 413, "too_large"),
-        (71, b'{"model":"tiny-base","messages":[{"role":"user","content":"a"}],"temperature":NaN}', JSON, 400, "invalid_json"),
-        (71, b'{"model":"tiny-base","messages":[{"role":"user","content":"a"}],"temperature":Infinity}', JSON, 400, "invalid_json"),
-        (71, b'{"model":"tiny-base","messages":[{"role":"user","content":"a"}],"temperature":1e999}', JSON, 400, "invalid_value"),
-        (79, b'{"model":"tiny-base","messages":[{"role":"user","content":"\\ud800"}]}', JSON, 400, "invalid_json"),
+        (71, WITH_TEMPERATURE % b"NaN", JSON, 400, "invalid_json"),
+        (71, WITH_TEMPERATURE % b"Infinity", JSON, 400, "invalid_json"),
+        (71, WITH_TEMPERATURE % b"1e999", JSON, 400, "invalid_value"),
+        (79, b'{"messages":[{"role":"user","content":"\\ud800"}]}', JSON, 400, "invalid_json"),
     ],
 )  # fmt: skip
 def test_bodies(
@@ -118,6 +119,7 @@ OUT_OF_RANGE = [
     (77, {"seed": 2**63}, "seed", "invalid_value"),
     (77, {"seed": -(2**63) - 1}, "seed", "invalid_value"),
 ]
+USER = {"role": "user", "content": "a"}
 CHAT_ONLY = [
     (68, {"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
     (68, {"response_format": {"type": "json_object"}}, "response_format.type", "invalid_value"),
@@ -129,7 +131,7 @@ CHAT_ONLY = [
     (74, {"top_logprobs": 2}, "top_logprobs", "invalid_value"),
     (79, {"messages": []}, "messages", "invalid_value"),
     (79, {"messages": [{"role": "system", "content": "a"}]}, "messages[0]", "invalid_value"),
-    (79, {"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "a"}]}, "messages[1].role", "invalid_value"),
+    (79, {"messages": [USER, {"role": "robot", "content": "a"}]}, "messages[1].role", "invalid_value"),
     (79, {"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_value"),
     (80, {"chat_template": "{{ 1 }}"}, "chat_template", "unsupported_parameter"),
     (80, {"chat_template_kwargs": {}}, "chat_template_kwargs", "unsupported_parameter"),
@@ -162,9 +164,7 @@ def test_chat_fields(
     "model", ["unknown", "", None, "x" * 10_000, "../../etc/passwd", "tiny-base:", "ft:tiny-base:other:a:v1"]
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_row_69_no_model_and_never_the_base(
-    gateway: GatewayUnderTest, path: str, model: str | None
-) -> None:
+def test_row_69_no_model_and_never_the_base(gateway: GatewayUnderTest, path: str, model: str | None) -> None:
     started = gateway.inference.started
     body = chat(model=model) if path == CHAT else completion(model=model)
     with gateway.http() as http:

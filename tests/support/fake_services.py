@@ -33,6 +33,7 @@ from services.common.errors import (
     LorafleetError,
     NotFound,
     ResourceExhausted,
+    Unimplemented,
 )
 from services.common.ids import new_id
 from services.common.names import AdapterRef
@@ -373,6 +374,7 @@ class FakeTrainer(TrainerServiceServicer):
         self.events: dict[str, list[job.JobEvent]] = {}
         self.checkpoints: dict[str, list[job.Checkpoint]] = {}
         self.requests: list[trn.CreateJobRequest] = []
+        self.watching = 0
         self._keys: dict[str, tuple[bytes, str]] = {}
 
     def add_event(self, job_id: str, message: str, **fields: Any) -> job.JobEvent:
@@ -467,6 +469,9 @@ class FakeTrainer(TrainerServiceServicer):
         self.add_event(made.id, "Cancelled", state=made.state)
         return made
 
+    async def PauseJob(self, request: trn.PauseJobRequest, context: Context) -> job.Job:
+        raise Unimplemented("method_not_offered", "this server does not pause jobs")
+
     async def WatchJob(self, request: trn.WatchJobRequest, context: Context) -> AsyncIterator[job.JobEvent]:
         made = self._job(request.job_id)
         events = self.events[made.id]
@@ -474,13 +479,17 @@ class FakeTrainer(TrainerServiceServicer):
         if request.after_event_id and request.after_event_id not in ids:
             raise NotFound("event_not_found", "no such event", field="after_event_id")
         position = ids.index(request.after_event_id) + 1 if request.after_event_id else 0
-        while True:
-            for event in events[position:]:
-                yield event
-            position = len(events)
-            if made.state >= job.JobState.JOB_STATE_SUCCEEDED:
-                return
-            await asyncio.sleep(0.01)
+        self.watching += 1
+        try:
+            while True:
+                for event in events[position:]:
+                    yield event
+                position = len(events)
+                if made.state >= job.JobState.JOB_STATE_SUCCEEDED:
+                    return
+                await asyncio.sleep(0.01)
+        finally:
+            self.watching -= 1
 
     async def ListEvents(self, request: trn.ListEventsRequest, context: Context) -> trn.ListEventsResponse:
         events = self.events[self._job(request.job_id).id][::-1]

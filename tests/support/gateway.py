@@ -46,6 +46,7 @@ class GatewayUnderTest:
     inference: FakeInference
     trainer: FakeTrainer
     hosts: dict[str, ServiceHost]
+    targets: dict[str, str]
     loop: asyncio.AbstractEventLoop
 
     def http(self, key: str | None = None, **options: Any) -> httpx.Client:
@@ -119,12 +120,17 @@ async def _serve(
     add_TrainerServiceServicer_to_server(trainer, trainer_host.server)
     add_InferenceServiceServicer_to_server(inference, inference_host.server)
     hosts = {"registry": registry_host, "trainer": trainer_host, "inference": inference_host}
-    targets = {f"{name}_target": str(await host.start()) for name, host in hosts.items()}
+    targets = {name: str(await host.start()) for name, host in hosts.items()}
     for host in hosts.values():
         await host.ready()
     store = DirectoryStore(folder / "store")
     settings = GatewaySettings(
-        **{"store_url": f"file://{folder}/store", "key_pepper": SecretStr(PEPPER), **targets, **changes}
+        **{
+            "store_url": f"file://{folder}/store",
+            "key_pepper": SecretStr(PEPPER),
+            **{f"{name}_target": target for name, target in targets.items()},
+            **changes,
+        }
     )
     keys = KeyRing(store, PEPPER, cache_seconds=0)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -143,6 +149,7 @@ async def _serve(
             inference=inference,
             trainer=trainer,
             hosts=hosts,
+            targets=targets,
             loop=asyncio.get_running_loop(),
         )
     )
