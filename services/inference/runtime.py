@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
+from transformers.utils.logging import disable_progress_bar
 
 from lorafleet.inference.v1.inference_service_pb2 import EngineStatus, TierUsage
 from lorafleet.registry.v1.adapter_pb2_grpc import AdapterServiceStub
@@ -49,6 +50,8 @@ def load(settings: InferenceSettings) -> LoadedBase:
     Raises:
         LorafleetError: the base cannot be served, e.g. `base_not_found`, `missing_file`, `kv_too_small`.
     """
+    # Bars are for terminals; this process writes JSON lines.
+    disable_progress_bar()
     quantization = served_quantization(settings)
     record = base_model(
         settings.base_name, settings.base_path, fingerprint_base(settings.base_path, quantization)

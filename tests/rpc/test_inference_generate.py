@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -227,10 +226,7 @@ async def test_cancel_of_a_queued_request_frees_it(fleet: Fleet) -> None:
         for call in running:
             await call.read()
         queued = fleet.client.stub.Generate(request("Once", "qv-4", max_tokens=5))
-        deadline = time.monotonic() + 5
-        while not (await fleet.client.status()).queued:
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.01)
+        await fleet.client.until(lambda status: status.queued == 1)
         for call in [queued, *running]:
             call.cancel()
     await fleet.client.idle()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorafleet.inference.v1 import generation_pb2 as messages
 from lorafleet.inference.v1 import inference_service_pb2 as calls
@@ -104,6 +104,14 @@ class InferenceClient:
         """Return the adapters on any tier by their `name:3`."""
         listed = await self.call(self.stub.ListResident, calls.ListResidentRequest())
         return {adapter.version_ref: adapter for adapter in listed.adapters}
+
+    async def until(self, condition: Callable[[calls.EngineStatus], bool]) -> calls.EngineStatus:
+        """Wait until the status is as wanted, and return it."""
+        deadline = time.monotonic() + 5
+        while not condition(status := await self.status()):
+            assert time.monotonic() < deadline, status
+            await asyncio.sleep(0.005)
+        return status
 
     async def idle(self) -> calls.EngineStatus:
         """Wait until nothing runs and nothing is held, and return the status then."""
@@ -295,9 +303,17 @@ async def until_served(client: InferenceClient) -> str:
         await asyncio.sleep(0.02)
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+async def health_of(address: str) -> str:
+    """Return the health of the inference service at `address`."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+async def until_health(address: str, wanted: str) -> None:
+    """Wait until the service at `address` is as wanted."""
+    deadline = time.monotonic() + READY_SECONDS
+    while await health_of(address) != wanted:
+        assert time.monotonic() < deadline, f"the service does not become {wanted}"
+        await asyncio.sleep(0.05)
