@@ -98,6 +98,16 @@ def test_messages_reach_inference(gateway: GatewayUnderTest) -> None:
     ]
 
 
+def test_tenant_request_id_and_trace_go_along(gateway: GatewayUnderTest) -> None:
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    headers = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01", "x-request-id": "mine-1"}
+    with gateway.http() as http:
+        assert http.post(CHAT, json=chat(), headers=headers).headers["x-request-id"] == "mine-1"
+    assert gateway.inference.metadata["lorafleet-tenant"] == "default"
+    assert gateway.inference.metadata["x-request-id"] == "mine-1"
+    assert gateway.inference.metadata["traceparent"].split("-")[1] == trace_id
+
+
 def test_a_chat_stream(gateway: GatewayUnderTest) -> None:
     response = post(gateway, CHAT, chat(stream=True, stream_options={"include_usage": True}))
     assert response.headers["content-type"].startswith("text/event-stream")

@@ -264,6 +264,7 @@ class FakeInference(InferenceServiceServicer):
         self._adapters = adapters
         self.scripts: dict[str, Script] = {}
         self.requests: list[gen.GenerateRequest] = []
+        self.metadata: dict[str, str] = {}
         self.started = 0
         self.cancelled = 0
         self.ended = 0
@@ -273,6 +274,7 @@ class FakeInference(InferenceServiceServicer):
         self, request: gen.GenerateRequest, context: Context
     ) -> AsyncIterator[gen.GenerateResponse]:
         self.requests.append(request)
+        self.metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
         try:
             async for response in self._generate(request):
                 yield response
