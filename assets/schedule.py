@@ -10,8 +10,8 @@ LONG_ROWS_FROM = 0.85
 SHORT_ROW_TOKENS = 256
 LONG_ROW_TOKENS = 1024
 
-_STABLE_MIX = {"children": 0.44, "fiction": 0.26, "instructions": 0.30}
-_DECAY_MIX = {"children": 0.48, "fiction": 0.12, "instructions": 0.40}
+_STABLE_MIX = {"children": 0.30, "fiction": 0.15, "instructions": 0.38, "echoes": 0.17}
+_DECAY_MIX = {"children": 0.43, "fiction": 0.10, "instructions": 0.43, "echoes": 0.04}
 
 
 def learning_rate_factor(step: int, progress: float) -> float:

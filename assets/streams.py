@@ -13,15 +13,15 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from assets.corpus import read_parts
+from assets.echoes import Tokens, echo_documents
 from assets.instructions import InstructionGenerator, Turn
 from assets.tokenizer import ASSISTANT, END_OF_TEXT, END_OF_TURN, SYSTEM, USER
-
-Tokens = npt.NDArray[np.uint16]
 
 CHILDREN = ["children-00", "children-01"]
 FICTION = ["fiction-00", "fiction-01", "fiction-02", "fiction-03"]
 _BATCH_DOCUMENTS = 2000
 _PLAIN_ROWS_PER_CHAT = 4
+_ECHOES = 12_000
 
 
 def render_chat(turns: Iterable[Turn]) -> str:
@@ -53,7 +53,7 @@ def instruction_documents(chat_count: int, seed: int) -> Iterator[str]:
 def load_streams(
     corpus: Path, tokenizer_file: Path, cache: Path, instruction_chats: int, seed: int
 ) -> dict[str, Tokens]:
-    """Returns the streams `children`, `fiction` and `instructions`, tokenised on the first call only.
+    """Returns the streams `children`, `fiction`, `instructions` and `echoes`; they are tokenised only once.
 
     The cache is keyed by the tokenizer, the number of conversations and the seed, so a new tokenizer never
     reads old tokens.
@@ -76,6 +76,8 @@ def load_streams(
             np.save(partial, _tokenise(tokenizer, documents()))
             partial.rename(file)
         streams[name] = np.load(file, mmap_mode="r")
+    newline_id = tokenizer.encode("\n").ids[0]
+    streams["echoes"] = echo_documents(streams["children"], newline_id, _ECHOES, seed)
     return streams
 
 

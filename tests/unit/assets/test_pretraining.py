@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from assets.base_model import base_config, export_base, new_base
+from assets.echoes import echo_documents
 from assets.pretrain import PretrainingRun, RunSettings, build_optimizers, drop_later_lines
 from assets.schedule import DECAY_FROM, WARMUP_STEPS, batch_plan, learning_rate_factor
 from assets.streams import CHILDREN, FICTION, BatchReader, load_streams
@@ -90,6 +91,19 @@ def test_reader_begins_again_where_a_stream_ends() -> None:
     assert rows.tolist() == [list(range(10)), list(range(10, 20)), list(range(5, 15))]
 
 
+def test_echoes_say_the_same_span_again() -> None:
+    source = np.random.default_rng(1).integers(6, 4096, 5000).astype(np.uint16)
+    packed = echo_documents(source, newline_id=204, document_count=200, seed=2)
+    documents = np.split(packed, np.flatnonzero(packed == 0) + 1)[:-1]
+    assert len(documents) == 200
+    for document in documents:
+        body = document[:-1].tolist()
+        periods = [n for n in range(4, 42) if len(body) % n == 0 and body == body[:n] * (len(body) // n)]
+        assert periods
+        assert 2 <= len(body) // periods[0] <= 10
+    assert (packed == echo_documents(source, newline_id=204, document_count=200, seed=2)).all()
+
+
 def _tiny_model(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
@@ -157,4 +171,4 @@ def test_a_short_run_learns_resumes_and_exports(tmp_path: Path) -> None:
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
     assert (tmp_path / "base" / "model.safetensors").stat().st_size > 9_000_000
     streams = load_streams(half.corpus, half.out / "tokenizer.json", half.cache, 200, 1)
-    assert set(streams) == {"children", "fiction", "instructions"}
+    assert set(streams) == {"children", "fiction", "instructions", "echoes"}
