@@ -19,7 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from services.common.errors import FailedPrecondition, InvalidArgument, Unimplemented
+from services.common.errors import FailedPrecondition, InvalidArgument
 
 ROLES: Final = ("system", "user", "assistant", "tool")
 MAX_MESSAGES: Final = 1024
@@ -135,7 +135,7 @@ class ChatTemplate:
 
         Raises:
             InvalidArgument: `bad_messages` where the template itself refuses them, `prompt_too_large`.
-            Unimplemented: `unsupported_parameter` for a `name` that the template would leave out.
+            InvalidArgument: `unsupported_parameter` for a `name` that the template would leave out.
             FailedPrecondition: `chat_template_failed` where the template breaks or takes too long.
         """
         swaps = self._guard.placeholders(placeholders_for or messages)
@@ -148,7 +148,7 @@ class ChatTemplate:
         if message.name:
             if not self._shows_names:
                 field = f"messages[{index}].name"
-                raise Unimplemented(
+                raise InvalidArgument(
                     "unsupported_parameter",
                     f"The base's chat template has no place for {field}.",
                     field=field,

@@ -93,7 +93,7 @@ class PromptEncoder:
 
         Raises:
             InvalidArgument: `bad_messages` naming the index, `no_chat_template`.
-            Unimplemented: `unsupported_parameter` for a `name` that the template would leave out.
+            InvalidArgument: `unsupported_parameter` for a `name` that the template would leave out.
             FailedPrecondition: `chat_template_failed`.
         """
         template = self._require_template()

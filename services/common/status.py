@@ -67,7 +67,7 @@ def grpc_code(code: Code) -> grpc.StatusCode:
 
 def http_status(error: LorafleetError) -> int:
     """Return the HTTP status of an error: its code's, or 413 where something is too large to be taken."""
-    if error.code is Code.RESOURCE_EXHAUSTED and error.reason.endswith("_too_large"):
+    if error.code is Code.RESOURCE_EXHAUSTED and error.reason.endswith("too_large"):
         return 413
     return TABLE[error.code].http_status
 

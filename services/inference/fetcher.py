@@ -54,7 +54,7 @@ class RegistryFetcher:
 
         Raises:
             Unavailable: `adapter_unavailable` where the registry cannot be reached, or not fast enough.
-            DataLoss: `digest_mismatch` where the bytes are not those of the version, or `corrupt_blob`.
+            DataLoss: `corrupt_blob` where the bytes are not those of the version.
             LorafleetError: what the registry says, e.g. `adapter_deleted`.
         """
         source = self._sources.require(digest)
@@ -119,7 +119,7 @@ class RegistryFetcher:
 
 def _mismatch(source: AdapterSource, name: str) -> DataLoss:
     return DataLoss(
-        "digest_mismatch",
+        "corrupt_blob",
         f"What the registry sent as {name} of {source.version_ref} does not match its digest.",
         resource=f"adapters/{source.version_ref}",
     )

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from lorafleet.inference.v1.generation_pb2 import GenerateRequest
 from lorafleet.inference.v1.generation_pb2 import SamplingParams as SamplingMessage
-from services.common.errors import InvalidArgument, Unimplemented
+from services.common.errors import InvalidArgument
 from services.inference.engine.request import SamplingParams
 
 MAX_COMPLETIONS = 16
@@ -24,7 +24,7 @@ def sampling_params(message: SamplingMessage, *, vocab_size: int) -> SamplingPar
 
     Raises:
         InvalidArgument: `invalid_value`, with field, value and range.
-        Unimplemented: `unsupported_parameter` for a constraint on the output.
+        InvalidArgument: `unsupported_parameter` for a constraint on the output.
     """
     constraint = message.WhichOneof("constraint")
     if constraint is not None:
@@ -58,7 +58,7 @@ def check_priority(request: GenerateRequest) -> None:
 
     Raises:
         InvalidArgument: `invalid_value`.
-        Unimplemented: `unsupported_parameter`.
+        InvalidArgument: `unsupported_parameter`.
     """
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
         raise _invalid("priority", request.priority, f"-{MAX_PRIORITY} to {MAX_PRIORITY}")
@@ -172,5 +172,5 @@ def _invalid(field: str, value: object, limit: str) -> InvalidArgument:
     )
 
 
-def _unsupported(field: str, message: str) -> Unimplemented:
-    return Unimplemented("unsupported_parameter", message, field=field)
+def _unsupported(field: str, message: str) -> InvalidArgument:
+    return InvalidArgument("unsupported_parameter", message, field=field)

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import grpc
 
 from services.common import status
-from services.common.errors import Code, Internal, LorafleetError
+from services.common.errors import Code, Internal, LorafleetError, Unimplemented
 from services.common.ids import new_id
 from services.common.rpc.call import Call
 
@@ -30,6 +30,10 @@ async def errors_layer(call: Call) -> AsyncIterator[None]:
         raise
     except grpc.RpcError as error:
         await _abort(call, _from_peer(call, error))
+    except NotImplementedError as error:
+        # A stub's own method sets the code before it raises; one of ours that raises this is a mistake.
+        is_left_out = call.context.code() is grpc.StatusCode.UNIMPLEMENTED
+        await _abort(call, _left_out(call) if is_left_out else _unexpected(call, error))
     except Exception as error:  # noqa: BLE001 - logged with its trace, answered by an id
         await _abort(call, _unexpected(call, error))
 
@@ -39,6 +43,10 @@ def _from_peer(call: Call, error: grpc.RpcError) -> LorafleetError:
     if status.is_ours(error) or translated.code in _PASSED_ON:
         return translated
     return _unexpected(call, error)
+
+
+def _left_out(call: Call) -> Unimplemented:
+    return Unimplemented("not_implemented", f"this server does not offer {call.method}")
 
 
 def _unexpected(call: Call, error: Exception) -> Internal:

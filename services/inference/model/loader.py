@@ -66,11 +66,11 @@ def load_base(
             compute dtype. The output head stays in `dtype`.
 
     Raises:
-        FailedPrecondition: `base_not_found`, or `tokenizer_not_fast` for a tokenizer without a
+        FailedPrecondition: `base_missing`, or `tokenizer_not_fast` for a tokenizer without a
         tokenizer.json.
     """
     if not (path / "config.json").is_file():
-        raise FailedPrecondition("base_not_found", f"There is no base model at {path}.", field="base_path")
+        raise FailedPrecondition("base_missing", f"There is no base model at {path}.", field="base_path")
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise FailedPrecondition(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from services.common.chat_template import ChatTemplate, Message
-from services.common.errors import FailedPrecondition, InvalidArgument, Unimplemented
+from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.prompts import PromptEncoder
 from tests.support.models import CHAT_TEMPLATE, EOS_TOKEN, SPECIAL_TOKENS, byte_tokenizer
 
@@ -251,7 +251,7 @@ def test_bad_messages_are_named(tiny: Path, messages: list[Message], field: str)
 
 def test_names_are_refused_where_the_template_leaves_them_out(tiny: Path) -> None:
     messages = [Message("user", "hi"), Message("user", "x", "ada")]
-    with pytest.raises(Unimplemented) as caught:
+    with pytest.raises(InvalidArgument) as caught:
         PromptEncoder.load(tiny).encode_chat(messages)
     assert (caught.value.reason, caught.value.field) == ("unsupported_parameter", "messages[1].name")
     (tiny / "chat_template.jinja").write_text("{% for m in messages %}{{ m.name }}{% endfor %}", "utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorafleet.inference.v1.generation_pb2 import GenerateRequest, SamplingParams
-from services.common.errors import InvalidArgument, Unimplemented
+from services.common.errors import InvalidArgument
 from services.inference import validation
 
 VOCAB_SIZE = 264
@@ -111,7 +111,7 @@ def test_absent_fields_take_the_contracts_defaults() -> None:
 
 @pytest.mark.parametrize("constraint", ["json_schema", "regex", "grammar"])
 def test_constraints_are_refused_by_name(constraint: str) -> None:
-    with pytest.raises(Unimplemented) as caught:
+    with pytest.raises(InvalidArgument) as caught:
         validation.sampling_params(SamplingParams(**{constraint: "x"}), vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
     assert (caught.value.reason, caught.value.field) == ("unsupported_parameter", f"sampling.{constraint}")
 
@@ -122,7 +122,7 @@ def test_priority_is_refused_and_its_range_checked() -> None:
         with pytest.raises(InvalidArgument) as invalid:
             validation.check_priority(GenerateRequest(priority=priority))
         assert (invalid.value.reason, invalid.value.field) == ("invalid_value", "priority")
-    with pytest.raises(Unimplemented) as unsupported:
+    with pytest.raises(InvalidArgument) as unsupported:
         validation.check_priority(GenerateRequest(priority=1))
     assert (unsupported.value.reason, unsupported.value.field) == ("unsupported_parameter", "priority")
 
