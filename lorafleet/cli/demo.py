@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lorafleet.cli.connection import state_folder
-from lorafleet.cli.output import JsonOption, StateOption, print_json, problems, progress, results
+from lorafleet.cli.output import JsonOption, StateOption, print_json, problems, program, progress, results
 from lorafleet.cli.up import print_coordinates
 from lorafleet.demo.demo import Plan, run_demo
 from lorafleet.demo.report import print_report
@@ -49,7 +49,7 @@ def demo(
     results.print("[bold green]the fleet is still up[/]")
     print_coordinates(fleet)
     first = chosen[0]
-    results.print(f"  lorafleet run {first.adapter} {_quoted(first.test[0].prompt.rstrip())}")
+    results.print(f"  {program()} run {first.adapter} {_quoted(first.test[0].prompt.rstrip())}")
 
 
 def _tasks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 
 results = Console(soft_wrap=True, highlight=False)
 progress = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def program() -> str:
+    """Return how to call this program from the shell that called it."""
+    return "lorafleet" if shutil.which("lorafleet") else sys.argv[0]
 
 
 def print_json(value: Mapping[str, Any]) -> None:

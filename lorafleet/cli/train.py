@@ -11,7 +11,16 @@ from rich.table import Table
 
 from lorafleet.api import Json
 from lorafleet.cli.connection import connect
-from lorafleet.cli.output import JsonOption, StateOption, plain, print_json, problems, progress, results
+from lorafleet.cli.output import (
+    JsonOption,
+    StateOption,
+    plain,
+    print_json,
+    problems,
+    program,
+    progress,
+    results,
+)
 from lorafleet.following import follow
 
 
@@ -68,7 +77,7 @@ def _tell(job: Json) -> None:
     results.print(f"[bold green]published[/] {job['fine_tuned_model']}")
     if job["lorafleet"]["evaluation"]:
         results.print(_evaluation(job["lorafleet"]["evaluation"]))
-    results.print(f'try it: lorafleet run {job["lorafleet"]["adapter"]} "..."')
+    results.print(f'try it: {program()} run {job["lorafleet"]["adapter"]} "..."')
 
 
 def _evaluation(metrics: list[Json]) -> Table:

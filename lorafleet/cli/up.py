@@ -12,7 +12,7 @@ import typer
 from rich.status import Status
 
 from lorafleet.cli.connection import state_folder
-from lorafleet.cli.output import JsonOption, StateOption, print_json, problems, progress, results
+from lorafleet.cli.output import JsonOption, StateOption, print_json, problems, program, progress, results
 from lorafleet.fleet import launch
 from lorafleet.fleet.config import ComputeDtype, Quantization, Wishes
 from lorafleet.fleet.launch import Fleet, Readiness
@@ -103,6 +103,6 @@ def print_coordinates(fleet: Fleet) -> None:
     results.print(f"  base     {fleet.config.base_name} ({fleet.config.quantization})")
     results.print(f"  state    {fleet.state.root}")
     results.print("try next:")
-    results.print(f'  lorafleet run {fleet.config.base_name} "Once upon a time"')
-    results.print("  lorafleet train FILE.jsonl --name NAME")
-    results.print("  lorafleet list | jobs | status | down")
+    results.print(f'  {program()} run {fleet.config.base_name} "Once upon a time"')
+    results.print(f"  {program()} train FILE.jsonl --name NAME")
+    results.print(f"  {program()} list | jobs | status | down")

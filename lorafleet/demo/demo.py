@@ -185,9 +185,9 @@ async def _serve(
     base_only = await traffic.keep_asking(of_base, at_once=STREAMS, seconds=BASE_LOAD_SECONDS)
     together = await traffic.keep_asking(mixed, at_once=STREAMS, seconds=MIXED_LOAD_SECONDS)
     loads = (
-        load_of("mixed, one at a time", alone, streams=1),
+        load_of("one at a time", alone, streams=1),
         load_of("base only", base_only, streams=STREAMS),
-        load_of(f"base and {len(trained)} adapters", together, streams=STREAMS),
+        load_of(f"base + {len(trained)} adapters", together, streams=STREAMS),
     )
     return loads, _agreement(alone, together)
 

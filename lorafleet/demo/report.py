@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -110,18 +111,9 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _task_table(report: Report) -> Table:
-    table = Table(title=f"fine-tuned adapters against the base {report.base}", title_justify="left")
-    for column in (
-        "task",
-        "metric",
-        "base",
-        "adapter",
-        "lift",
-        "95 % interval of the lift",
-        "test rows",
-        "training",
-    ):
-        table.add_column(column, justify="left" if column in {"task", "metric"} else "right")
+    table = _table(f"fine-tuned adapters against the base {report.base}", "task", "metric")
+    for column in ("base", "adapter", "lift", "95 % interval", "rows", "training"):
+        table.add_column(column, justify="right", no_wrap=True)
     for task in report.tasks:
         table.add_row(
             task.task,
@@ -129,19 +121,18 @@ def _task_table(report: Report) -> Table:
             f"{task.base.value:.3f}",
             f"{task.adapter.value:.3f}",
             f"{task.lift.value:+.3f}",
-            f"{task.lift.low:+.3f} to {task.lift.high:+.3f}",
+            f"{task.lift.low:+.2f} to {task.lift.high:+.2f}",
             str(task.test_rows),
             f"{task.training_seconds:.0f} s",
         )
+    table.caption = "95 % interval: of the lift, by paired bootstrap over the test rows"
     return table
 
 
 def _load_table(report: Report) -> Table:
-    table = Table(title="serving", title_justify="left")
-    columns = ("streams", "requests", "tokens/s", "first token p50", "p95", "between tokens p50", "p95")
-    table.add_column("load")
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = _table("serving", "load")
+    for column in ("streams", "requests", "tokens/s", "TTFT p50", "p95", "gap p50", "p95"):
+        table.add_column(column, justify="right", no_wrap=True)
     for load in report.loads:
         table.add_row(
             load.name,
@@ -153,6 +144,16 @@ def _load_table(report: Report) -> Table:
             _milliseconds(load.between_tokens_p50_seconds),
             _milliseconds(load.between_tokens_p95_seconds),
         )
+    table.caption = "TTFT: time to the first token, as the client sees it; gap: between tokens"
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     return table
 
 

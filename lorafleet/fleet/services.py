@@ -15,6 +15,12 @@ from lorafleet.fleet.state import StateFolder
 SERVICES = ("registry", "inference", "trainer", "gateway")
 PEPPER_SECRET = "key_pepper"  # noqa: S105 - the name of a file
 _GRACE_SECONDS = 10
+_DEFAULTS = {
+    # Progress bars of libraries have no place in a log.
+    "TQDM_DISABLE": "1",
+    # Training and serving share the cores: a thread that waits by spinning would hold up the other process.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 
 
 def children(config: FleetConfig, state: StateFolder, pump: LogPump) -> list[Child]:
@@ -38,8 +44,7 @@ def environment(service: str, config: FleetConfig, state: StateFolder) -> dict[s
     own |= _settings(service, config, state)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LORAFLEET_")}
     prefix = f"LORAFLEET_{service.upper()}_"
-    # Progress bars of libraries have no place in a log.
-    return inherited | {"TQDM_DISABLE": "1"} | {prefix + name.upper(): value for name, value in own.items()}
+    return _DEFAULTS | inherited | {prefix + name.upper(): value for name, value in own.items()}
 
 
 def _settings(service: str, config: FleetConfig, state: StateFolder) -> dict[str, str]:

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,6 +16,11 @@ import redis
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
+from lorafleet.api import Api
+from lorafleet.fleet import launch
+from lorafleet.fleet.config import FleetConfig
+from lorafleet.fleet.state import StateFolder
+from lorafleet.fleet.status import FleetStatus
 from tests.support.models import make_tiny_llama
 
 BASE = "tiny"
@@ -46,30 +50,25 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 class RunningFleet:
     """A fleet that was started through the command line."""
 
-    state: Path
+    state: StateFolder
     client: OpenAI
 
-    def processes(self) -> dict[str, dict[str, Any]]:
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "from lorafleet.cli import main; main()",
-                "status",
-                "--json",
-                "--state",
-                str(self.state),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        return {process["name"]: process for process in json.loads(done.stdout)["processes"]}
+    def pids(self) -> dict[str, int]:
+        """Return the processes that run."""
+        status = FleetStatus.load(self.state)
+        return {process.name: process.pid for process in (status.processes if status else ()) if process.pid}
 
     def all_ready(self) -> bool:
-        processes = self.processes()
-        return set(processes) == set(PROCESSES) and all(one["ready"] for one in processes.values())
+        config = FleetConfig.load(self.state)
+        assert config is not None
+        return set(self.pids()) == set(PROCESSES) and all(launch.readiness(config).values())
+
+    def kill(self, name: str) -> None:
+        """Kill a process and wait until the fleet is whole again."""
+        killed = self.pids()[name]
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: killed not in self.pids().values())
+        wait_for(self.all_ready)
 
     def finished(self, job_id: str, seconds: float = 60.0) -> FineTuningJob:
         wait_for(lambda: self.client.fine_tuning.jobs.retrieve(job_id).status in ENDED, seconds)
@@ -95,13 +94,17 @@ class RunningFleet:
         )
         return "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
 
+    def adapters(self) -> list[dict[str, Any]]:
+        with Api(str(self.client.base_url), self.client.api_key) as api:
+            return api.adapters()
+
     def listing(self) -> dict[str, Any]:
         """Everything that is published or recorded, as the API lists it."""
         return {
             "models": sorted(model.id for model in self.client.models.list()),
             "files": sorted(file.id for file in self.client.files.list()),
             "jobs": sorted((job.id, job.status) for job in self.client.fine_tuning.jobs.list()),
-            "adapters": lorafleet("list", "--state", str(self.state))["adapters"],
+            "adapters": self.adapters(),
         }
 
 
@@ -121,7 +124,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
     started = lorafleet("up", "--base", str(base), "--base-name", BASE, "--state", str(state))
     try:
         with OpenAI(base_url=started["base_url"], api_key=started["api_key"], timeout=60) as client:
-            yield RunningFleet(state, client)
+            yield RunningFleet(StateFolder(state), client)
     finally:
         lorafleet("down", "--state", str(state))
 
@@ -149,28 +152,40 @@ def test_the_stock_client_goes_the_whole_path(fleet: RunningFleet, published: Pu
     assert fleet.answer(BASE) != published.answer
 
 
+def test_the_command_line_lists_and_answers(fleet: RunningFleet, published: Published) -> None:
+    state = ("--state", str(fleet.state.root))
+    listed = lorafleet("list", *state)
+    assert listed["base"] == BASE
+    assert [adapter["name"] for adapter in listed["adapters"]] == ["numbers"]
+    assert [job["id"] for job in lorafleet("jobs", *state)["data"]] == [published.job.id]
+    answer = lorafleet("run", "numbers", "say 3", "--max-tokens", "12", *state)
+    assert answer == {"model": "numbers", "text": published.answer}
+    refused = lorafleet("run", "absent", "say 3", *state, expected_code=1)
+    assert refused["error"]["code"] == "model_not_found"
+
+
 def test_a_second_up_finds_the_fleet_running(fleet: RunningFleet) -> None:
-    again = lorafleet("up", "--state", str(fleet.state))
+    again = lorafleet("up", "--state", str(fleet.state.root))
     assert again["was_running"] is True
     assert again["base_url"] == str(fleet.client.base_url).rstrip("/")
-    refused = lorafleet("up", "--state", str(fleet.state), "--base-name", "other", expected_code=1)
+    status = lorafleet("status", "--state", str(fleet.state.root))
+    assert {process["name"] for process in status["processes"]} == set(PROCESSES)
+    assert all(process["ready"] for process in status["processes"])
+    refused = lorafleet("up", "--state", str(fleet.state.root), "--base-name", "other", expected_code=1)
     assert "already runs with another base_name" in refused["error"]["message"]
 
 
 def test_each_process_comes_back_from_kill_9(fleet: RunningFleet, published: Published) -> None:
     before = fleet.listing()
     for name in PROCESSES:
-        pid = fleet.processes()[name]["pid"]
-        os.kill(pid, signal.SIGKILL)
-        wait_for(lambda name=name, pid=pid: fleet.processes()[name]["pid"] not in {None, pid})  # type: ignore[misc]
-        wait_for(fleet.all_ready)
+        fleet.kill(name)
         assert fleet.listing() == before, f"after kill -9 of {name}"
     assert fleet.answer("numbers") == published.answer
 
 
 def test_a_flushed_index_is_rebuilt(fleet: RunningFleet, published: Published) -> None:
     before = fleet.listing()
-    port = json.loads((fleet.state / "fleet.json").read_text())["ports"]["valkey"]
+    port = json.loads(fleet.state.config_file.read_text())["ports"]["valkey"]
     with redis.Redis(port=port) as index:
         index.flushall()
     assert fleet.listing() == before
@@ -179,14 +194,14 @@ def test_a_flushed_index_is_rebuilt(fleet: RunningFleet, published: Published) -
 
 def test_up_again_after_everything_was_killed(fleet: RunningFleet, published: Published) -> None:
     before = fleet.listing()
-    children = [one["pid"] for one in fleet.processes().values()]
-    supervisor = lorafleet("up", "--state", str(fleet.state))["supervisor_pid"]
+    children = list(fleet.pids().values())
+    supervisor = lorafleet("up", "--state", str(fleet.state.root))["supervisor_pid"]
 
     os.kill(supervisor, signal.SIGKILL)
 
     wait_for(lambda: not any(psutil.pid_exists(pid) for pid in children))
-    lorafleet("status", "--state", str(fleet.state), expected_code=1)
-    again = lorafleet("up", "--state", str(fleet.state))
+    lorafleet("status", "--state", str(fleet.state.root), expected_code=1)
+    again = lorafleet("up", "--state", str(fleet.state.root))
     assert again["was_running"] is False
     assert fleet.listing() == before
     assert fleet.answer("numbers") == published.answer
@@ -197,11 +212,10 @@ def test_a_job_goes_on_after_its_trainer_was_killed(fleet: RunningFleet, publish
     job = fleet.create_job("long", epochs=50)
     wait_for(lambda: fleet.client.fine_tuning.jobs.retrieve(job.id).status == "running")
     wait_for(lambda: len(fleet.client.fine_tuning.jobs.list_events(job.id, limit=20).data) > 5)
-    os.kill(fleet.processes()["trainer"]["pid"], signal.SIGKILL)
-    wait_for(fleet.all_ready)
+    fleet.kill("trainer")
     ended = fleet.finished(job.id, seconds=300)
     assert ended.status == "succeeded", ended.error
     assert ended.fine_tuned_model == f"ft:{BASE}:default:long:v1"
-    adapters = {adapter["name"]: adapter for adapter in fleet.listing()["adapters"]}
+    adapters = {adapter["name"]: adapter for adapter in fleet.adapters()}
     assert adapters["long"]["num_versions"] == 1
     assert fleet.answer("numbers") == published.answer
