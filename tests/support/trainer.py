@@ -60,9 +60,8 @@ class Trainer:
     ) -> job_pb2.Job:
         """Upload a training file and create a job on it."""
         file = await self.registry.create_file(data)
-        request = trainer_service_pb2.CreateJobRequest(
-            base_model=BASE, training_file=file.id, spec=spec, **({"seed": 7} | fields)
-        )
+        defaults: dict[str, Any] = {"base_model": BASE, "training_file": file.id, "spec": spec, "seed": 7}
+        request = trainer_service_pb2.CreateJobRequest(**(defaults | fields))
         job: job_pb2.Job = await self.call("CreateJob", request)
         return job
 
