@@ -37,10 +37,10 @@ def demo(
     Starts the fleet if it is not up, and leaves it up.
     """
     with problems(as_json=as_json), tempfile.TemporaryDirectory(prefix="lorafleet-demo-") as work:
+        chosen = _tasks(data, tasks, Path(work) / "tasks", max_train_rows, test_rows, seed)
+        plan = Plan(epochs=epochs, max_seq_len=max_seq_len, seed=seed, work_folder=Path(work))
         with progress.status("starting the fleet"):
             fleet = launch.up(state_folder(state), Wishes())
-        plan = Plan(epochs=epochs, max_seq_len=max_seq_len, seed=seed, work_folder=Path(work))
-        chosen = _tasks(data, tasks, Path(work) / "tasks", max_train_rows, test_rows, seed)
         report = run_demo(fleet.base_url, fleet.api_key, chosen, plan, progress)
     if as_json:
         print_json(report.as_json())

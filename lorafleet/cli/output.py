@@ -23,7 +23,9 @@ StateOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
-results = Console(soft_wrap=True, highlight=False)
+# Where nobody looks, as in a file, tables need not fit a screen.
+_FILE_WIDTH = 120
+results = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
 progress = Console(stderr=True, soft_wrap=True, highlight=False)
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -112,7 +111,7 @@ def print_report(report: Report, console: Console) -> None:
 
 def _task_table(report: Report) -> Table:
     table = _table(f"fine-tuned adapters against the base {report.base}", "task", "metric")
-    for column in ("base", "adapter", "lift", "95 % interval", "rows", "training"):
+    for column in ("base", "adapter", "lift", "95 % interval", "rows", "train"):
         table.add_column(column, justify="right", no_wrap=True)
     for task in report.tasks:
         table.add_row(
@@ -149,9 +148,7 @@ def _load_table(report: Report) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=title, title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, no_wrap=True)
     return table
