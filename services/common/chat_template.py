@@ -134,8 +134,8 @@ class ChatTemplate:
                 be compared.
 
         Raises:
-            InvalidArgument: `bad_messages` where the template itself refuses them, `prompt_too_large`.
-            InvalidArgument: `unsupported_parameter` for a `name` that the template would leave out.
+            InvalidArgument: `bad_messages` where the template itself refuses them, `prompt_too_large`,
+                `unsupported_parameter` for a `name` that the template would leave out.
             FailedPrecondition: `chat_template_failed` where the template breaks or takes too long.
         """
         swaps = self._guard.placeholders(placeholders_for or messages)

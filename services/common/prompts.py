@@ -92,8 +92,8 @@ class PromptEncoder:
         """Return the ids of a conversation; the template alone decides about a begin token.
 
         Raises:
-            InvalidArgument: `bad_messages` naming the index, `no_chat_template`.
-            InvalidArgument: `unsupported_parameter` for a `name` that the template would leave out.
+            InvalidArgument: `bad_messages` naming the index, `no_chat_template`, `unsupported_parameter` for
+                a `name` that the template would leave out.
             FailedPrecondition: `chat_template_failed`.
         """
         template = self._require_template()

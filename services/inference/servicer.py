@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing, suppress
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
@@ -17,27 +17,23 @@ from lorafleet.inference.v1.inference_service_pb2 import (
     CompletionScore,
     DetokenizeRequest,
     DetokenizeResponse,
-    EmbedRequest,
-    EmbedResponse,
     EngineStatus,
     EvictRequest,
     EvictResponse,
     GetStatusRequest,
     ListResidentRequest,
     ListResidentResponse,
-    PinRequest,
     PrefetchRequest,
     ResidentAdapter,
     ScoreRequest,
     ScoreResponse,
     TokenizeRequest,
     TokenizeResponse,
-    UnpinRequest,
     WatchStatusRequest,
 )
 from lorafleet.inference.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from services.common import call_context
-from services.common.errors import InvalidArgument, Unimplemented
+from services.common.errors import InvalidArgument
 from services.inference import telemetry
 from services.inference.admission import Admitted, chat_messages
 from services.inference.engine.events import TokenEvent
@@ -53,7 +49,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer(InferenceServiceServicer):
-    """`lorafleet.inference.v1.InferenceService`."""
+    """`lorafleet.inference.v1.InferenceService`; its calls for later (Embed, Pin) answer UNIMPLEMENTED."""
 
     def __init__(self, startup: Startup) -> None:
         self._startup = startup
@@ -142,15 +138,6 @@ class InferenceServicer(InferenceServiceServicer):
                 async with asyncio.timeout(interval_seconds):
                     await self._draining.wait()
 
-    async def Embed(self, request: EmbedRequest, context: Context) -> EmbedResponse:
-        _not_offered("Embed")
-
-    async def Pin(self, request: PinRequest, context: Context) -> ResidentAdapter:
-        _not_offered("Pin")
-
-    async def Unpin(self, request: UnpinRequest, context: Context) -> ResidentAdapter:
-        _not_offered("Unpin")
-
 
 async def _held_for_prompt(
     batches: AsyncGenerator[list[TokenEvent], None], request: Request
@@ -212,7 +199,3 @@ def _interval_seconds(request: WatchStatusRequest) -> float:
             limit=limit,
         )
     return request.interval_seconds
-
-
-def _not_offered(method: str) -> NoReturn:
-    raise Unimplemented("method_not_offered", f"This server does not offer {method}.")

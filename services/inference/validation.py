@@ -23,8 +23,8 @@ def sampling_params(message: SamplingMessage, *, vocab_size: int) -> SamplingPar
     """Return the engine's parameters; absent fields take the defaults of the contract.
 
     Raises:
-        InvalidArgument: `invalid_value`, with field, value and range.
-        InvalidArgument: `unsupported_parameter` for a constraint on the output.
+        InvalidArgument: `invalid_value`, with field, value and range; `unsupported_parameter` for a
+            constraint on the output.
     """
     constraint = message.WhichOneof("constraint")
     if constraint is not None:
@@ -57,8 +57,7 @@ def check_priority(request: GenerateRequest) -> None:
     """Refuse what is out of range, and every priority but the default: requests run first come, first served.
 
     Raises:
-        InvalidArgument: `invalid_value`.
-        InvalidArgument: `unsupported_parameter`.
+        InvalidArgument: `invalid_value` or `unsupported_parameter`.
     """
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
         raise _invalid("priority", request.priority, f"-{MAX_PRIORITY} to {MAX_PRIORITY}")

@@ -187,7 +187,7 @@ async def test_methods_that_are_not_offered_say_so(fleet: Fleet) -> None:
     ):
         with pytest.raises(LorafleetError) as caught:
             await fleet.client.call(method, message)
-        assert (caught.value.code, caught.value.reason) == (Code.UNIMPLEMENTED, "method_not_offered")
+        assert (caught.value.code, caught.value.reason) == (Code.UNIMPLEMENTED, "not_implemented")
 
 
 BAD_SCORES: dict[str, tuple[dict[str, Any], str, str]] = {

@@ -1,0 +1,48 @@
+"""The settings of the inference process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.common.config import EXIT_BAD_CONFIGURATION, load
+from services.common.fingerprint import ComputeDtype, QuantizationType
+from services.inference.runtime import served_quantization
+from services.inference.settings import InferenceSettings
+
+PREFIX = "LORAFLEET_INFERENCE_"
+
+
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    values = {"BASE_NAME": "tiny", "BASE_PATH": str(tmp_path), "ADAPTER_CACHE_PATH": str(tmp_path / "cache")}
+    for name, value in values.items():
+        monkeypatch.setenv(PREFIX + name, value)
+    return monkeypatch
+
+
+def test_engine_and_server_settings_come_from_one_place(
+    variables: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    variables.setenv(PREFIX + "COMPUTE_DTYPE", "bfloat16")
+    variables.setenv(PREFIX + "GRACE_SECONDS", "3")
+    settings = load(InferenceSettings)
+    assert (settings.listen, settings.registry_target) == ("127.0.0.1:7103", "127.0.0.1:7101")
+    assert (settings.base_name, settings.base_path, settings.grace_seconds) == ("tiny", tmp_path, 3.0)
+    quantization = served_quantization(settings)
+    assert (quantization.type, quantization.block_size) == (QuantizationType.NF4, 64)
+    assert quantization.compute_dtype is ComputeDtype.BFLOAT16
+
+
+def test_every_bad_variable_is_named(
+    variables: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = {"BASE_NAME": "../x", "KV_BITES": "1", "REGISTRY_TARGET": "nowhere", "FETCH_TIMEOUT_SECONDS": "nan"}
+    for name, value in bad.items():
+        variables.setenv(PREFIX + name, value)
+    with pytest.raises(SystemExit) as caught:
+        load(InferenceSettings)
+    assert caught.value.code == EXIT_BAD_CONFIGURATION
+    said = capsys.readouterr().err
+    assert all(PREFIX + name in said for name in bad), said
