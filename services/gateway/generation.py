@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -197,8 +196,9 @@ async def _pump(
 
 def finish_reason(finished: Finished) -> str:
     """Return OpenAI's word for why a completion ended; raise `Unavailable` where the server gave it up."""
-    with suppress(KeyError):
-        return _FINISH_REASONS[finished.reason]
+    word = _FINISH_REASONS.get(finished.reason)
+    if word is not None:
+        return word
     raise Unavailable("generation_aborted", "the server ended the generation before its end")
 
 

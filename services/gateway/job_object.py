@@ -142,7 +142,7 @@ def _error(job: Job) -> dict[str, Any]:
         for known in (info, bad_request):
             if detail.Is(known.DESCRIPTOR):
                 detail.Unpack(known)
-    lines = [f"{violation.field}: {violation.description}" for violation in bad_request.field_violations]
+    lines = [violation.description for violation in bad_request.field_violations]
     return {
         "code": info.reason or "unknown",
         "message": "\n".join([job.error.message, *lines]),

@@ -33,7 +33,6 @@ from services.common.errors import (
     LorafleetError,
     NotFound,
     ResourceExhausted,
-    Unimplemented,
 )
 from services.common.ids import new_id
 from services.common.names import AdapterRef
@@ -470,9 +469,6 @@ class FakeTrainer(TrainerServiceServicer):
         made.end_time.CopyFrom(now())
         self.add_event(made.id, "Cancelled", state=made.state)
         return made
-
-    async def PauseJob(self, request: trn.PauseJobRequest, context: Context) -> job.Job:
-        raise Unimplemented("method_not_offered", "this server does not pause jobs")
 
     async def WatchJob(self, request: trn.WatchJobRequest, context: Context) -> AsyncIterator[job.JobEvent]:
         made = self._job(request.job_id)

@@ -175,8 +175,8 @@ def test_a_failed_job_names_every_bad_line() -> None:
         error_details_pb2.ErrorInfo(reason="invalid_dataset", metadata={"field": "training_file"})
     )
     violations = error_details_pb2.BadRequest()
-    violations.field_violations.add(field="line 3", description="no JSON")
-    violations.field_violations.add(field="line 9", description="no completion")
+    violations.field_violations.add(field="training_file.lines[3]", description="line 3: no JSON")
+    violations.field_violations.add(field="training_file.lines[9]", description="line 9: no completion")
     failed.error.details.add().Pack(violations)
     assert job_object(failed, "acme")["error"] == {
         "code": "invalid_dataset",
