@@ -28,6 +28,7 @@ from services.gateway import upstream
 from services.gateway.app import create_app
 from services.gateway.config import GatewaySettings
 from services.gateway.keys import KeyRing, Scope
+from services.gateway.server import bind
 from tests.support.fake_services import FakeAdapters, FakeFiles, FakeInference, FakeTrainer
 
 PEPPER = "a pepper for tests, long enough"
@@ -126,6 +127,7 @@ async def _serve(
     store = DirectoryStore(folder / "store")
     settings = GatewaySettings(
         **{
+            "listen": "127.0.0.1:0",
             "store_url": f"file://{folder}/store",
             "key_pepper": SecretStr(PEPPER),
             **{f"{name}_target": target for name, target in targets.items()},
@@ -133,7 +135,7 @@ async def _serve(
         }
     )
     keys = KeyRing(store, PEPPER, cache_seconds=0)
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = bind(settings)
     config = uvicorn.Config(
         create_app(settings, store), http="h11", ws="none", lifespan="on", log_config=None
     )

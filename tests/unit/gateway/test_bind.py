@@ -1,0 +1,40 @@
+"""The listening socket."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+
+import pytest
+from pydantic import SecretStr
+
+from services.common.errors import FailedPrecondition
+from services.gateway.config import GatewaySettings
+from services.gateway.server import bind
+
+EVERYWHERE = "0.0.0.0:0"
+
+
+def settings(listen: str, *, insecure_bind: bool = False) -> GatewaySettings:
+    return GatewaySettings(
+        listen=listen,
+        insecure_bind=insecure_bind,
+        store_url="file:///nowhere",
+        key_pepper=SecretStr("a pepper for tests"),
+    )
+
+
+def test_answers_never_wait_for_acknowledgements() -> None:
+    with (
+        bind(settings("127.0.0.1:0")) as listener,
+        socket.create_connection(listener.getsockname()),
+        contextlib.closing(listener.accept()[0]) as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_only_loopback_unless_told_otherwise() -> None:
+    with pytest.raises(FailedPrecondition, match="insecure_bind"):
+        bind(settings(EVERYWHERE))
+    with bind(settings(EVERYWHERE, insecure_bind=True)) as listener:
+        assert listener.getsockname()[1] > 0
