@@ -216,6 +216,8 @@ def test_a_job_goes_on_after_its_trainer_was_killed(fleet: RunningFleet, publish
     ended = fleet.finished(job.id, seconds=300)
     assert ended.status == "succeeded", ended.error
     assert ended.fine_tuned_model == f"ft:{BASE}:default:long:v1"
+    assert ended.model_extra is not None
+    assert ended.model_extra["lorafleet"]["attempts"] == 2
     adapters = {adapter["name"]: adapter for adapter in fleet.adapters()}
     assert adapters["long"]["num_versions"] == 1
     assert fleet.answer("numbers") == published.answer
