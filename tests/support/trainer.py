@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
@@ -102,6 +103,10 @@ class Trainer:
         response = await self.call("ListEvents", request)
         return list(reversed(response.events))
 
+    def children(self) -> list[psutil.Process]:
+        """The processes that run jobs."""
+        return psutil.Process(self.process.pid).children()
+
     def kill(self) -> None:
         """kill -9 of the service."""
         self.process.send_signal(signal.SIGKILL)
@@ -141,9 +146,10 @@ class TrainerPlace:
 
 
 @asynccontextmanager
-async def registry_host(place: TrainerPlace) -> AsyncIterator[str]:
+async def registry_host(place: TrainerPlace, *, port: int = 0) -> AsyncIterator[str]:
     """Run a registry over the place; yield its address."""
-    settings = Place.in_directory(place.redis_url, place.folder / "store").settings()
+    store = Place.in_directory(place.redis_url, place.folder / "store")
+    settings = store.settings(listen=f"127.0.0.1:{port}")
     host = ServiceHost(settings, SERVICES)
     registry = Registry(settings)
     await registry.register(host)

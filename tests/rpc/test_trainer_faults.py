@@ -1,0 +1,182 @@
+"""What a job survives: its child killed, its trainer killed or stopped, the index lost, the registry away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+import redis.asyncio
+
+from lorafleet.registry.v1 import adapter_pb2
+from lorafleet.trainer.v1 import job_pb2
+from tests.support.models import make_tiny_llama
+from tests.support.trainer import (
+    BASE,
+    Trainer,
+    TrainerPlace,
+    prompt_rows,
+    registry_host,
+    running_trainer,
+    spec,
+)
+
+DATA = prompt_rows(64)
+# 16 steps an epoch.
+SPEC = spec(n_epochs=7, batch_size=4, validation_fraction=0.0, checkpoint_steps=10, dropout=0.1)
+TOTAL_STEPS = 112
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / BASE)
+
+
+@pytest.fixture
+def place(base: Path, tmp_path: Path, redis_url: str) -> TrainerPlace:
+    return TrainerPlace(base, tmp_path, redis_url)
+
+
+async def past_step(trainer: Trainer, job_id: str, step: int) -> None:
+    """Return once a job has told about a step behind `step`."""
+    async for event in trainer.watch(job_id):
+        if event.metrics.step > step:
+            return
+    pytest.fail(f"the job ended before step {step}: {await trainer.job(job_id)}")
+
+
+async def finished(trainer: Trainer, job_id: str) -> job_pb2.Job:
+    """The job at its end, which is a success, with a history without gap or step back."""
+    job = await trainer.until(job_id, job_pb2.JOB_STATE_SUCCEEDED, seconds=90)
+    events = await trainer.events(job_id)
+    assert [int(event.id.rpartition("-")[2]) for event in events] == list(range(1, len(events) + 1))
+    states = [event.state for event in events if event.state]
+    assert states == sorted(set(states)), "a state came back"
+    assert job.progress.step == TOTAL_STEPS
+    return job
+
+
+async def the_one_version(trainer: Trainer, adapter: str) -> adapter_pb2.AdapterVersion:
+    response = await trainer.registry.call(
+        trainer.registry.adapters.ListVersions, adapter_pb2.ListVersionsRequest(adapter=adapter)
+    )
+    (version,) = response.versions
+    assert isinstance(version, adapter_pb2.AdapterVersion)
+    return version
+
+
+@pytest.mark.slow
+async def test_job_whose_child_was_killed_ends_with_the_same_adapter(place: TrainerPlace) -> None:
+    async with registry_host(place) as registry, running_trainer(place, registry) as trainer:
+        broken = await trainer.create(DATA, SPEC, adapter="broken")
+        await past_step(trainer, broken.id, 25)
+        (child,) = trainer.children()
+        child.kill()
+        through = await trainer.create(DATA, SPEC, adapter="through")
+
+        job = await finished(trainer, broken.id)
+        assert job.attempts == 2
+        assert (await finished(trainer, through.id)).attempts == 1
+        resumed = [e for e in await trainer.events(broken.id) if e.message.startswith("Going on from step")]
+        assert resumed[0].data["step"] >= 20
+        one = await the_one_version(trainer, "broken")
+        other = await the_one_version(trainer, "through")
+        assert one.digest == other.digest
+
+
+async def test_killed_child_is_replaced_and_goes_on(place: TrainerPlace) -> None:
+    async with registry_host(place) as registry, running_trainer(place, registry) as trainer:
+        job = await trainer.create(DATA, SPEC, adapter="broken")
+        await past_step(trainer, job.id, 25)
+        (child,) = trainer.children()
+        child.kill()
+        done = await finished(trainer, job.id)
+        assert done.attempts == 2
+        resumed = [e for e in await trainer.events(job.id) if e.message.startswith("Going on from step")]
+        assert resumed[0].data["step"] >= 20
+        await the_one_version(trainer, "broken")
+
+
+async def test_killed_trainer_takes_its_job_up_again(place: TrainerPlace) -> None:
+    async with registry_host(place) as registry:
+        async with running_trainer(place, registry) as trainer:
+            job = await trainer.create(DATA, SPEC, adapter="survivor")
+            waiting = await trainer.create(DATA, SPEC, adapter="waiting")
+            await past_step(trainer, job.id, 25)
+            (child,) = trainer.children()
+            trainer.kill()
+            await trainer.process.wait()
+            async with asyncio.timeout(5):
+                await asyncio.to_thread(_wait_for_end, child)
+        async with running_trainer(place, registry) as trainer:
+            assert (await trainer.job(waiting.id)).state == job_pb2.JOB_STATE_QUEUED
+            done = await finished(trainer, job.id)
+            assert done.attempts == 2
+            await the_one_version(trainer, "survivor")
+
+
+@pytest.mark.slow
+async def test_stopped_trainer_hands_its_job_back(place: TrainerPlace) -> None:
+    async with registry_host(place) as registry:
+        async with running_trainer(place, registry) as trainer:
+            job = await trainer.create(DATA, SPEC, adapter="handed-back")
+            await past_step(trainer, job.id, 25)
+            assert await trainer.terminate() == 0
+        async with running_trainer(place, registry) as trainer:
+            done = await finished(trainer, job.id)
+            events = await trainer.events(job.id)
+            last_told = max(
+                event.metrics.step
+                for event in events[: next(i for i, e in enumerate(events) if "stopping" in e.message)]
+            )
+            resumed = [event for event in events if event.message.startswith("Going on from step")]
+            assert resumed[0].data["step"] >= last_told, "work was lost"
+            assert done.attempts == 2
+            await the_one_version(trainer, "handed-back")
+
+
+def _wait_for_end(process: psutil.Process) -> None:
+    """Return once a process that is not our child has ended."""
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
+
+
+async def _lose_index(place: TrainerPlace) -> None:
+    async with redis.asyncio.Redis.from_url(place.redis_url) as client:
+        await client.flushall()
+
+
+@pytest.mark.slow
+async def test_lost_index_costs_no_job(place: TrainerPlace) -> None:
+    async with registry_host(place) as registry, running_trainer(place, registry) as trainer:
+        bad = await trainer.create(b"bad")
+        await trainer.until(bad.id, job_pb2.JOB_STATE_FAILED)
+        job = await trainer.create(DATA, SPEC, adapter="unharmed")
+        await past_step(trainer, job.id, 10)
+        before = await trainer.job(bad.id)
+        await _lose_index(place)
+        assert await trainer.job(bad.id) == before
+        done = await finished(trainer, job.id)
+        assert done.attempts == 1
+        await the_one_version(trainer, "unharmed")
+
+
+@pytest.mark.slow
+async def test_registry_that_is_away_is_waited_for(place: TrainerPlace) -> None:
+    async with AsyncExitStack() as stack:
+        registry = await stack.enter_async_context(registry_host(place))
+        port = int(registry.rpartition(":")[2])
+        async with running_trainer(place, registry) as trainer:
+            job = await trainer.create(DATA, SPEC, adapter="patient")
+            await past_step(trainer, job.id, 10)
+            await stack.aclose()
+            await past_step(trainer, job.id, TOTAL_STEPS - 1)
+            await asyncio.sleep(1.0)
+            assert (await trainer.job(job.id)).state == job_pb2.JOB_STATE_RUNNING
+            async with registry_host(place, port=port):
+                done = await finished(trainer, job.id)
+                assert done.attempts == 1
+                await the_one_version(trainer, "patient")
