@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from services.common.base_loading import load_base_model
 from services.inference.assembly import build_engine
 from services.inference.config import EngineConfig
 from services.inference.engine.engine import Engine
@@ -166,18 +167,8 @@ def run_engine(
 def load_peft(options: argparse.Namespace, folders: Mapping[str, Path]) -> PeftModel:
     """Load the base as the engine does, and every adapter into PEFT."""
     config = settings(options, Path())
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=config.torch_dtype,
-    )
-    base = AutoModelForCausalLM.from_pretrained(
-        options.base,
-        local_files_only=True,
-        dtype=config.torch_dtype,
-        quantization_config=quantization if options.quantization == "nf4" else None,
-        device_map={"": config.torch_device},
+    base = load_base_model(
+        options.base, config.base_quantization, device=config.torch_device, attention="sdpa"
     )
     first, *others = folders
     model = PeftModel.from_pretrained(base, str(folders[first]), adapter_name=first)
@@ -218,7 +209,7 @@ def report(options: argparse.Namespace, rounds: Sequence[Mapping[str, Rates]]) -
         "base": options.base.name,
         "quantization": options.quantization,
         "device": str(config.torch_device),
-        "dtype": str(config.torch_dtype).removeprefix("torch."),
+        "dtype": config.base_quantization.compute_dtype.value,
         "threads": torch.get_num_threads(),
         "rows": options.rows,
         "rank": options.rank,

@@ -83,6 +83,11 @@ class Quantization:
             )
 
     @classmethod
+    def nf4(cls, compute_dtype: ComputeDtype) -> Quantization:
+        """NF4 with double quantisation, in the blocks that bitsandbytes makes of weights."""
+        return cls(QuantizationType.NF4, 64, True, compute_dtype)
+
+    @classmethod
     def none(cls, compute_dtype: ComputeDtype) -> Quantization:
         """Weights as loaded, in the compute type."""
         return cls(QuantizationType.NONE, 0, False, compute_dtype)

@@ -22,13 +22,13 @@ def build_engine(config: EngineConfig, fetcher: Fetcher) -> Engine:
     """Load the base model, allocate the KV cache and start the adapter loaders.
 
     Raises:
-        FailedPrecondition: `base_not_found`, `tokenizer_not_fast`, or `kv_too_small` for one block.
+        FailedPrecondition: `base_missing`, `tokenizer_not_fast`, or `kv_too_small` for one block.
         Unimplemented: `attention_feature_unsupported`, of the base's architecture.
     """
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
-    device, dtype = config.torch_device, config.torch_dtype
-    base = load_base(config.base_path, quantization=config.quantization, dtype=dtype, device=device)
+    device = config.torch_device
+    base = load_base(config.base_path, config.base_quantization, device)
     kv = _allocate_kv(config, base)
     _run_once(base, kv)
     adapters = AdapterCache(
@@ -36,7 +36,7 @@ def build_engine(config: EngineConfig, fetcher: Fetcher) -> Engine:
         DiskTier(config.adapter_cache_path, config.adapter_disk_bytes),
         DeviceSlots(device, config.adapter_device_bytes),
         base.targets,
-        dtype,
+        base.dtype,
         CacheBudget(config.adapter_host_bytes, config.loader_threads, config.adapter_failure_seconds),
     )
     return Engine(

@@ -9,11 +9,9 @@ import torch
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from services.inference.model.loader import Quantization
+from services.common.fingerprint import ComputeDtype, Quantization
 
 MIB = 1 << 20
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Bytes = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
@@ -48,7 +46,7 @@ class EngineConfig(BaseSettings):
 
     base_path: Path
     adapter_cache_path: Path
-    quantization: Quantization = "nf4"
+    quantization: Literal["nf4", "none"] = "nf4"
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: Annotated[int, Field(ge=0)] = 0
@@ -81,8 +79,11 @@ class EngineConfig(BaseSettings):
         return torch.device(self.device)
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        """The compute dtype, with `auto` decided."""
+    def base_quantization(self) -> Quantization:
+        """How the base's linear weights are stored, as its fingerprint records it."""
         if self.compute_dtype == "auto":
-            return torch.float32 if self.torch_device.type == "cpu" else torch.bfloat16
-        return _DTYPES[self.compute_dtype]
+            on_cpu = self.torch_device.type == "cpu"
+            dtype = ComputeDtype.FLOAT32 if on_cpu else ComputeDtype.BFLOAT16
+        else:
+            dtype = ComputeDtype(self.compute_dtype)
+        return Quantization.none(dtype) if self.quantization == "none" else Quantization.nf4(dtype)

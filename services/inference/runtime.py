@@ -15,7 +15,7 @@ from lorafleet.registry.v1.adapter_pb2_grpc import AdapterServiceStub
 from lorafleet.registry.v1.base_model_pb2 import BaseModel
 from services.common.base_models import base_model
 from services.common.errors import Unavailable
-from services.common.fingerprint import ComputeDtype, Quantization, QuantizationType, fingerprint_base
+from services.common.fingerprint import fingerprint_base
 from services.common.prompts import PromptEncoder
 from services.inference.admission import Admission
 from services.inference.assembly import build_engine
@@ -29,7 +29,6 @@ from services.inference.settings import InferenceSettings
 from services.inference.sources import AdapterSources
 
 # bitsandbytes' block size, with which the loader quantises.
-_NF4_BLOCK_SIZE = 64
 _RETRY_AFTER_SECONDS = 1.0
 
 
@@ -52,24 +51,14 @@ def load(settings: InferenceSettings) -> LoadedBase:
     """
     # Bars are for terminals; this process writes JSON lines.
     disable_progress_bar()
-    quantization = served_quantization(settings)
-    record = base_model(
-        settings.base_name, settings.base_path, fingerprint_base(settings.base_path, quantization)
-    )
+    fingerprint = fingerprint_base(settings.base_path, settings.base_quantization)
+    record = base_model(settings.base_name, settings.base_path, fingerprint)
     encoder = PromptEncoder.load(settings.base_path)
     sources = AdapterSources()
     fetcher = RegistryFetcher(
         settings.registry_target, sources, timeout_seconds=settings.fetch_timeout_seconds
     )
     return LoadedBase(build_engine(settings, fetcher), encoder, fetcher, sources, record)
-
-
-def served_quantization(settings: InferenceSettings) -> Quantization:
-    """Return how the base's linear weights are stored, as the fingerprint records it."""
-    dtype = ComputeDtype(str(settings.torch_dtype).removeprefix("torch."))
-    if settings.quantization == "none":
-        return Quantization.none(dtype)
-    return Quantization(QuantizationType.NF4, _NF4_BLOCK_SIZE, True, dtype)
 
 
 class Runtime:

@@ -8,7 +8,6 @@ import pytest
 
 from services.common.config import EXIT_BAD_CONFIGURATION, load
 from services.common.fingerprint import ComputeDtype, QuantizationType
-from services.inference.runtime import served_quantization
 from services.inference.settings import InferenceSettings
 
 PREFIX = "LORAFLEET_INFERENCE_"
@@ -30,7 +29,7 @@ def test_engine_and_server_settings_come_from_one_place(
     settings = load(InferenceSettings)
     assert (settings.listen, settings.registry_target) == ("127.0.0.1:7103", "127.0.0.1:7101")
     assert (settings.base_name, settings.base_path, settings.grace_seconds) == ("tiny", tmp_path, 3.0)
-    quantization = served_quantization(settings)
+    quantization = settings.base_quantization
     assert (quantization.type, quantization.block_size) == (QuantizationType.NF4, 64)
     assert quantization.compute_dtype is ComputeDtype.BFLOAT16
 
