@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
@@ -75,18 +74,23 @@ class TrainerSettings(IndexSettings, StoreSettings, ServiceSettings):
     @property
     def base_quantization(self) -> Quantization:
         """The form that bases are loaded in."""
-        automatic = "bfloat16" if self.torch_device.type == "cuda" else "float32"
+        automatic = "bfloat16" if self.device_type == "cuda" else "float32"
         dtype = ComputeDtype(automatic if self.compute_dtype == "auto" else self.compute_dtype)
         if self.quantization == "none":
             return Quantization.none(dtype)
         return Quantization(QuantizationType.NF4, NF4_BLOCK_SIZE, True, dtype)
 
     @property
-    def torch_device(self) -> torch.device:
-        """The device that jobs run on."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+    def device_type(self) -> Literal["cpu", "cuda"]:
+        """The kind of device that jobs run on."""
+        if self.device != "auto":
+            return self.device
+        if not Path("/dev/nvidiactl").exists():
+            return "cpu"
+        # Only a machine with a GPU driver pays for it: the service itself has no use for torch.
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
     def torch_threads(self) -> int:

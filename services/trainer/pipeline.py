@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from services.common.errors import DataLoss
 from services.common.ids import new_id
 from services.common.prompts import PromptEncoder
@@ -173,7 +175,7 @@ class Pipeline:
         self.check()
         request = self._job.request
         base = BaseFolder(request.base_model, self._base_path, self._settings.base_quantization)
-        model = load_base(base, self._settings.torch_device)
+        model = load_base(base, torch.device(self._settings.device_type))
         return attach_adapter(model, request.spec, seed=request.seed, pad_id=stop_token_id(self._encoder))
 
     def _training_run(self, model: AdapterModel, data: PreparedData) -> TrainingRun:

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 import pytest_asyncio
 import torch
@@ -17,7 +16,7 @@ from google.rpc import error_details_pb2
 
 from lorafleet.registry.v1 import adapter_pb2
 from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
-from services.common.errors import LorafleetError
+from services.common.errors import Code, LorafleetError
 from services.common.prompts import PromptEncoder
 from services.common.valkey import EmbeddedValkey
 from services.trainer.config import TrainerSettings
@@ -335,11 +334,9 @@ async def test_conversations_train_and_unserved_methods_are_not_offered(trainer:
 
 async def test_pause_is_not_offered_yet(trainer: Trainer) -> None:
     job = await trainer.create(b"bad")
-    metadata = (("lorafleet-tenant", TENANT),)
-    for method, request in (
-        (trainer.stub.PauseJob, trainer_service_pb2.PauseJobRequest(job_id=job.id)),
-        (trainer.stub.ResumeJob, trainer_service_pb2.ResumeJobRequest(job_id=job.id)),
-    ):
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await method(request, metadata=metadata, timeout=10)
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    pause = trainer_service_pb2.PauseJobRequest(job_id=job.id)
+    resume = trainer_service_pb2.ResumeJobRequest(job_id=job.id)
+    for name, request in (("PauseJob", pause), ("ResumeJob", resume)):
+        with pytest.raises(LorafleetError) as caught:
+            await trainer.call(name, request)
+        assert caught.value.code is Code.UNIMPLEMENTED

@@ -207,7 +207,7 @@ def test_loss_is_that_of_the_supervised_tokens_alone(full_base: BaseFolder, tmp_
 def test_saved_adapter_is_the_trained_one(
     nf4_base: BaseFolder, tmp_path: Path, method: str, targets: tuple[str, ...]
 ) -> None:
-    chosen = {"target_modules": targets} if targets else {}
+    chosen: dict[str, Any] = {"target_modules": targets} if targets else {}
     run = run_of(nf4_base, Observer(tmp_path / "run"), method=method, n_epochs=1, **chosen)
     run.train()
     run.model.save(tmp_path / "adapter", "tiny")
