@@ -15,7 +15,7 @@ from lorafleet.api import Api, Json
 from lorafleet.demo import scoring
 from lorafleet.demo.report import Agreement, Load, Report, TaskResult, load_of
 from lorafleet.demo.tasks import Row, Task, TaskError, write_training_file
-from lorafleet.demo.traffic import Answer, Ask, Traffic
+from lorafleet.demo.traffic import Answer, Ask, Round, Traffic
 from lorafleet.following import follow
 
 # What suits a base of a few million parameters; bigger ones want a tenth of this learning rate.
@@ -185,11 +185,11 @@ async def _serve(
     base_only = await traffic.keep_asking(of_base, at_once=STREAMS, seconds=BASE_LOAD_SECONDS)
     together = await traffic.keep_asking(mixed, at_once=STREAMS, seconds=MIXED_LOAD_SECONDS)
     loads = (
-        load_of("one at a time", alone, streams=1),
+        load_of("one at a time", Round(alone), streams=1),
         load_of("base only", base_only, streams=STREAMS),
         load_of(f"base + {len(trained)} adapters", together, streams=STREAMS),
     )
-    return loads, _agreement(alone, together)
+    return loads, _agreement(alone, together.answers)
 
 
 def _agreement(alone: Sequence[Answer], together: Sequence[Answer]) -> Agreement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorafleet.demo.scoring import Score
-from lorafleet.demo.traffic import Answer
+from lorafleet.demo.traffic import Round
 
 _MILLISECONDS = 1000
 
@@ -35,11 +36,13 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Serving figures of one load; times in seconds."""
+    """Serving figures of one load, over the requests that were answered; times in seconds."""
 
     name: str
     streams: int
     requests: int
+    failures: dict[str, int]
+    """Requests that were not answered, by the error's code."""
     completion_tokens: int
     seconds: float
     tokens_per_second: float
@@ -72,8 +75,9 @@ class Report:
         return asdict(self)
 
 
-def load_of(name: str, answers: Sequence[Answer], *, streams: int) -> Load:
-    """Return the figures of the answers of one load; there must be some."""
+def load_of(name: str, came: Round, *, streams: int) -> Load:
+    """Return the figures of one load; there must be answers."""
+    answers = came.answers
     seconds = max(answer.ended_at for answer in answers) - min(answer.began_at for answer in answers)
     tokens = sum(answer.tokens for answer in answers)
     first = [answer.first_piece_seconds for answer in answers]
@@ -82,6 +86,7 @@ def load_of(name: str, answers: Sequence[Answer], *, streams: int) -> Load:
         name=name,
         streams=streams,
         requests=len(answers),
+        failures=dict(came.failures),
         completion_tokens=tokens,
         seconds=seconds,
         tokens_per_second=tokens / seconds,
@@ -106,6 +111,7 @@ def print_report(report: Report, console: Console) -> None:
     console.print(
         f"answers served mixed that equal the same ones served alone: {agreement.equal} of {agreement.total}"
     )
+    console.print(_failures(report.loads))
     console.print(", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items()))
 
 
@@ -145,6 +151,15 @@ def _load_table(report: Report) -> Table:
         )
     table.caption = "TTFT: time to the first token, as the client sees it; gap: between tokens"
     return table
+
+
+def _failures(loads: Sequence[Load]) -> str:
+    failures: Counter[str] = Counter()
+    for load in loads:
+        failures.update(load.failures)
+    total = sum(load.requests for load in loads) + failures.total()
+    reasons = ", ".join(f"{count} {code}" for code, count in failures.most_common())
+    return f"requests that failed: {failures.total()} of {total}" + (f" ({reasons})" if reasons else "")
 
 
 def _table(title: str, *columns: str) -> Table:

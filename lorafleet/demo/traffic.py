@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,9 +13,11 @@ from typing import TypeVar
 
 import httpx
 
-from lorafleet.api import api_error, authorization, event_data, unreachable
+from lorafleet.api import ApiError, api_error, authorization, event_data, unreachable
 
 _ANSWER_SECONDS = 300.0
+# Between a failed request of a load and the next: a service that is away comes back within seconds.
+_FAILURE_PAUSE_SECONDS = 0.5
 ResultT = TypeVar("ResultT")
 
 
@@ -48,6 +51,14 @@ class Answer:
     def piece_gaps_seconds(self) -> list[float]:
         """Between one piece of text and the next."""
         return [later - earlier for earlier, later in itertools.pairwise(self.piece_times)]
+
+
+@dataclass(slots=True)
+class Round:
+    """What a load brought back: the answers, and how many requests failed for which reason."""
+
+    answers: list[Answer] = field(default_factory=list)
+    failures: Counter[str] = field(default_factory=Counter)
 
 
 class Traffic:
@@ -103,18 +114,33 @@ class Traffic:
 
         return await _together(gated(ask) for ask in asks)
 
-    async def keep_asking(self, asks: Sequence[Ask], *, at_once: int, seconds: float) -> list[Answer]:
-        """Keep `at_once` completions going for `seconds`, round and round, and return all that came."""
+    async def keep_asking(self, asks: Sequence[Ask], *, at_once: int, seconds: float) -> Round:
+        """Keep `at_once` completions going for `seconds`, round and round.
+
+        A request that fails is counted and not sent again; the load goes on.
+
+        Raises:
+            ApiError: not one request was answered; it is the last one's error.
+        """
         until = time.monotonic() + seconds
         queue = itertools.cycle(asks)
-        answers: list[Answer] = []
+        came = Round()
 
-        async def stream() -> None:
+        async def stream() -> ApiError | None:
+            last_error = None
             while time.monotonic() < until:
-                answers.append(await self.ask(next(queue)))
+                try:
+                    came.answers.append(await self.ask(next(queue)))
+                except ApiError as error:
+                    last_error = error
+                    came.failures[error.code] += 1
+                    await asyncio.sleep(_FAILURE_PAUSE_SECONDS)
+            return last_error
 
-        await _together(stream() for _ in range(at_once))
-        return answers
+        errors = [error for error in await _together(stream() for _ in range(at_once)) if error]
+        if errors and not came.answers:
+            raise errors[-1]
+        return came
 
 
 async def _together(coroutines: Iterable[Coroutine[None, None, ResultT]]) -> list[ResultT]:

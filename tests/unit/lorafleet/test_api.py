@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from starlette.responses import JSONResponse, StreamingResponse
 
 from lorafleet.api import Api, ApiError, event_data
+from lorafleet.demo.report import Agreement, Report, load_of, print_report
 from lorafleet.demo.traffic import Ask, Traffic
 from lorafleet.following import follow
 
@@ -78,6 +80,8 @@ class Door:
         try:
             for text in ("one ", "two ", prompt):
                 await asyncio.sleep(0.02)
+                if text == "die":
+                    raise ConnectionResetError
                 if text == "break":
                     yield 'data: {"error": {"message": "it broke", "code": "internal"}}\n\n'
                     return
@@ -156,11 +160,34 @@ async def test_traffic_keeps_its_limit_and_its_order(door: Door) -> None:
 
         many = await traffic.keep_asking(asks, at_once=4, seconds=0.3)
         assert door.most_at_once == 4
-        assert len(many) > 6
-        assert {answer.ask.prompt for answer in many} == {"0", "1", "2", "3", "4", "5"}
+        assert len(many.answers) > 6
+        assert {answer.ask.prompt for answer in many.answers} == {"0", "1", "2", "3", "4", "5"}
+        assert not many.failures
 
         with pytest.raises(ApiError, match="it broke"):
             await traffic.ask_all([*asks, Ask("m", "break", 8, ())], at_once=3)
+
+
+async def test_a_load_counts_what_failed_and_goes_on(door: Door) -> None:
+    good, breaks, dies = (Ask("m", prompt, 8, ()) for prompt in ("good", "break", "die"))
+    async with Traffic.to(door.url, KEY) as traffic:
+        came = await traffic.keep_asking([good, breaks, dies], at_once=3, seconds=1.5)
+        assert {answer.ask for answer in came.answers} == {good}
+        assert came.failures["internal"] >= 1
+        assert came.failures["unreachable"] >= 1
+        with pytest.raises(ApiError, match="it broke"):
+            await traffic.keep_asking([breaks], at_once=2, seconds=0.1)
+
+    load = load_of("mixed", came, streams=3)
+    assert load.requests == len(came.answers)
+    report = Report("base", (), (load,), Agreement(1, 1), {})
+    printed = io.StringIO()
+    print_report(report, Console(file=printed, width=200))
+    failed = came.failures.total()
+    assert f"requests that failed: {failed} of {failed + load.requests} (" in printed.getvalue()
+    printed = io.StringIO()
+    print_report(replace(report, loads=(replace(load, failures={}),)), Console(file=printed, width=200))
+    assert f"requests that failed: 0 of {load.requests}\n" in printed.getvalue()
 
 
 @pytest.mark.parametrize("line", ["", ": comment", "event: x", "data: [DONE]"])
