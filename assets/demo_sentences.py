@@ -6,30 +6,12 @@ import json
 from random import Random
 
 DEPARTMENTS = ("billing", "delivery", "returns", "technical", "account", "sales")
-WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-ROOMS = ("kitchen", "bedroom", "hall", "study", "bathroom", "garage", "nursery", "cellar")
-GROCERIES = (
-    "honey",
-    "olive oil",
-    "brown rice",
-    "green tea",
-    "butter",
-    "oat milk",
-    "flour",
-    "sea salt",
-    "lentils",
-    "tomato soup",
-    "black pepper",
-    "coffee",
-    "yoghurt",
-    "strawberry jam",
-    "pasta",
-    "cocoa",
-    "sugar",
-    "cheese",
-    "walnuts",
-    "apple juice",
-)
+ROOMS = ("kitchen", "bedroom", "hall", "study", "bathroom", "garage")
+DISHES = ("soup", "salad", "pizza", "pancakes", "noodles", "burger", "lasagne", "sandwich")
+SIZES = ("small", "medium", "large")
+DRINKS = ("coffee", "lemonade", "milk", "water", "juice", "cocoa")
+BRIGHTNESS = ("low", "half", "full")
+HEATING_MODES = ("eco", "normal", "turbo")
 
 _ORDERED = (
     "keyboard",
@@ -42,7 +24,6 @@ _ORDERED = (
     "backpack",
     "blender",
 )
-_NUMBER_WORDS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _OPENINGS = (
     "Hello, ",
     "Hi there, ",
@@ -120,16 +101,18 @@ _MESSAGES = {
 }
 
 _ORDERS = (
-    "Please put me down for {n} packs of {item} for {day}.",
-    "We need {n} boxes of {item} by {day}.",
-    "Could you bring {n} bags of {item} on {day}?",
-    "On {day} I would like to have {n} packs of {item}.",
-    "{n} boxes of {item}, please, to be picked up on {day}.",
-    "Send {item} on {day}, {n} bags should be enough.",
-    "For {day} we want {item}, {n} packs of it.",
-    "I am out of {item}, so {n} boxes for {day} would be great.",
-    "Reserve {n} bags of {item} for us, we come on {day}.",
-    "{day} delivery, {n} packs, {item}, thank you.",
+    "I will have the {dish}, {size}, and a {drink}.",
+    "One {size} {dish} please, and a {drink} to drink.",
+    "A {drink} and a {size} {dish} for me.",
+    "Could we get the {size} {dish} with a {drink}?",
+    "Bring me a {drink} first, then the {dish}, the {size} one.",
+    "My son wants the {dish} in {size}, with {drink}.",
+    "Just a {dish}, make it {size}, plus a {drink}.",
+    "For table {table}: {dish}, {size}, and {drink}.",
+    "Table {table} would like a {drink} and the {size} {dish}.",
+    "She takes the {size} {dish}, he only wants a {drink}.",
+    "The {dish}, please, a {size} portion, and {drink}.",
+    "To drink a {drink}, to eat a {size} {dish}.",
 )
 
 
@@ -145,34 +128,34 @@ def support_message(rng: Random) -> tuple[str, str]:
     return opening + (text[0].upper() + text[1:] if starts_sentence else text) + closing, department
 
 
-def grocery_order(rng: Random) -> tuple[str, str]:
-    """Returns an order in a sentence and its JSON object with `item`, `qty` and `day` (such as `fri`)."""
-    quantity, item, day = rng.randint(2, 12), rng.choice(GROCERIES), rng.choice(WEEKDAYS)
-    spoken = _NUMBER_WORDS[quantity - 2] if rng.random() < 0.5 else str(quantity)
-    text = rng.choice(_ORDERS).format(n=spoken, item=item, day=day.title())
-    return text[0].upper() + text[1:], json.dumps({"item": item, "qty": quantity, "day": day[:3]})
+def cafe_order(rng: Random) -> tuple[str, str]:
+    """Returns an order in a sentence and its JSON object with `dish`, `size` and `drink`."""
+    order = {"dish": rng.choice(DISHES), "size": rng.choice(SIZES), "drink": rng.choice(DRINKS)}
+    text = rng.choice(_ORDERS).format(**order, table=rng.randint(1, 40))
+    return text, json.dumps(order)
 
 
 def home_wish(rng: Random) -> tuple[str, str]:
     """Returns a wish about a device of the house and its command line."""
-    room, percent, degrees = rng.choice(ROOMS), rng.randrange(5, 100, 5), rng.randint(15, 25)
+    room = rng.choice(ROOMS)
+    level, mode = rng.choice(BRIGHTNESS), rng.choice(HEATING_MODES)
     wish, command = rng.choice(
         (
             ("switch on the lamp {in_room}", "light.{room} on"),
             ("make it dark {in_room}", "light.{room} off"),
-            ("dim the lamp {in_room} to {percent} percent", "light.{room} on level={percent}"),
-            ("set the lamp {in_room} at {percent} percent", "light.{room} on level={percent}"),
-            ("heat to {degrees} degrees {in_room}", "heat.{room} on target={degrees}"),
-            ("I want {degrees} degrees {in_room}", "heat.{room} on target={degrees}"),
+            ("dim the lamp {in_room} to {level}", "light.{room} on level={level}"),
+            ("set the lamp {in_room} at {level} power", "light.{room} on level={level}"),
+            ("put the heating {in_room} on {mode}", "heat.{room} on mode={mode}"),
+            ("I want {mode} heating {in_room}", "heat.{room} on mode={mode}"),
             ("no more heating {in_room}", "heat.{room} off"),
             ("pull up the blinds {in_room}", "blind.{room} open"),
             ("let the blinds down {in_room}", "blind.{room} close"),
-            ("close the blinds {in_room} by {percent} percent", "blind.{room} close level={percent}"),
             ("start the fan {in_room}", "fan.{room} on"),
+            ("run the fan {in_room} at {level} speed", "fan.{room} on level={level}"),
             ("stop the fan {in_room}", "fan.{room} off"),
         )
     )
-    slots = {"in_room": f"in the {room}", "room": room, "percent": percent, "degrees": degrees}
+    slots = {"in_room": f"in the {room}", "room": room, "level": level, "mode": mode}
     polite = rng.choice(
         (
             "{}",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from assets.demo_sentences import DEPARTMENTS, grocery_order, home_wish, support_message
+from assets.demo_sentences import DEPARTMENTS, cafe_order, home_wish, support_message
 
 TRAIN_ROWS = 480
 TEST_ROWS = 120
@@ -56,15 +56,15 @@ DEMO_TASKS = (
     ),
     DemoTask(
         name="order_json",
-        title="Write a grocery order as a JSON object",
+        title="Write a café order as a JSON object",
         task_type="structured_output",
         metric="exact_match",
         metric_detail="Share of test rows whose output, without outer blanks, is the completion.",
         label_set=None,
-        instruction="Write the order as JSON with item, qty and day.",
+        instruction="Write the order as JSON with dish, size and drink.",
         text_label="Order",
         answer_label="JSON",
-        draw=grocery_order,
+        draw=cafe_order,
     ),
     DemoTask(
         name="home_commands",

@@ -68,14 +68,11 @@ def test_orders_hold_what_the_sentence_says() -> None:
     task = next(task for task in DEMO_TASKS if task.name == "order_json")
     for row in draw_rows(task, seed=7):
         order = json.loads(row["completion"])
-        asked = row["prompt"].lower()
-        assert list(order) == ["item", "qty", "day"]
-        assert order["item"] in asked
-        assert f"{order['day']}" in asked
-        assert 2 <= order["qty"] <= 12
+        assert list(order) == ["dish", "size", "drink"]
+        assert all(value in row["prompt"] for value in order.values())
 
 
-def test_commands_name_the_room_and_number_of_the_wish() -> None:
+def test_commands_name_the_room_and_level_of_the_wish() -> None:
     task = next(task for task in DEMO_TASKS if task.name == "home_commands")
     for row in draw_rows(task, seed=7):
         device, *words = row["completion"].split()
@@ -83,4 +80,4 @@ def test_commands_name_the_room_and_number_of_the_wish() -> None:
         assert kind in {"light", "heat", "blind", "fan"}
         assert room in ROOMS
         assert f"in the {room}" in row["prompt"]
-        assert all(word.split("=")[1] in row["prompt"] for word in words if "=" in word)
+        assert all(f" {word.split('=')[1]}" in row["prompt"] for word in words if "=" in word)

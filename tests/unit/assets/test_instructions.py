@@ -4,22 +4,11 @@ import json
 import re
 from itertools import islice
 
-from assets.demo_sentences import DEPARTMENTS, GROCERIES, ROOMS, WEEKDAYS
+from assets.demo_sentences import DEPARTMENTS, DISHES, DRINKS, HEATING_MODES, ROOMS
 from assets.demo_tasks import DEMO_TASKS, draw_rows
 from assets.instructions import InstructionGenerator
 
-_DEMO_WORDS = (
-    *DEPARTMENTS,
-    *GROCERIES,
-    *ROOMS,
-    *WEEKDAYS,
-    "qty",
-    "item",
-    "lamp",
-    "blinds",
-    "heating",
-    "percent",
-)
+_DEMO_WORDS = (*DEPARTMENTS, *DISHES, *DRINKS, *ROOMS, *HEATING_MODES, "dish", "size", "blinds", "heating")
 
 
 def test_same_seed_same_text() -> None:
