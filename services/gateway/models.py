@@ -14,12 +14,13 @@ from lorafleet.registry.v1.adapter_pb2 import (
     ListAdaptersRequest,
     ResolveVersionRequest,
 )
+from lorafleet.registry.v1.base_model_pb2 import GetBaseModelRequest
 from services.gateway.auth import requires
 from services.gateway.errors import from_upstream
 from services.gateway.model_names import parse_model_name
 from services.gateway.paging import UPSTREAM_PAGE_SIZE, all_items
 from services.gateway.served_base import BaseIdentity
-from services.gateway.state import gateway_of
+from services.gateway.state import Gateway, gateway_of
 from services.gateway.upstream_fields import in_http_terms
 
 router = APIRouter(prefix="/v1/models", dependencies=[Depends(requires())])
@@ -30,7 +31,7 @@ async def list_models(request: Request) -> dict[str, Any]:
     """List the base, then each adapter that fits it: by its name, for the newest version, and its aliases."""
     gateway = gateway_of(request)
     base = await gateway.served_base.identity()
-    data = [_base_object(base)]
+    data = [await _base_object(gateway, base)]
     adapters = all_items(
         gateway.upstream.adapters.ListAdapters,
         ListAdaptersRequest(page_size=UPSTREAM_PAGE_SIZE),
@@ -49,7 +50,7 @@ async def get_model(request: Request, model: str) -> dict[str, Any]:
     base = await gateway.served_base.identity()
     name = parse_model_name(model, base=base.name, tenant=request.state.tenant)
     if name.adapter is None:
-        return _base_object(base)
+        return await _base_object(gateway, base)
     try:
         version = await gateway.upstream.adapters.ResolveVersion(ResolveVersionRequest(ref=str(name.adapter)))
     except grpc.RpcError as error:
@@ -57,11 +58,12 @@ async def get_model(request: Request, model: str) -> dict[str, Any]:
     return _version_object(model, version, request.state.tenant)
 
 
-def _base_object(base: BaseIdentity) -> dict[str, Any]:
+async def _base_object(gateway: Gateway, base: BaseIdentity) -> dict[str, Any]:
+    record = await gateway.upstream.bases.GetBaseModel(GetBaseModelRequest(name=base.name))
     return {
         "id": base.name,
         "object": "model",
-        "created": base.start_time_seconds,
+        "created": record.create_time.seconds,
         "owned_by": "lorafleet",
         "root": base.name,
         "parent": None,

@@ -16,11 +16,10 @@ CACHE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class BaseIdentity:
-    """Name and fingerprint of a base, and when inference began to serve it (Unix seconds)."""
+    """Name and fingerprint of a base."""
 
     name: str
     fingerprint_digest: str
-    start_time_seconds: int
 
 
 class ServedBase:
@@ -36,9 +35,7 @@ class ServedBase:
         if self._known is None or time.monotonic() - self._asked_at > CACHE_SECONDS:
             status = await self._inference.GetStatus(GetStatusRequest())
             self._known = BaseIdentity(
-                name=status.base_model,
-                fingerprint_digest=status.base_fingerprint_digest,
-                start_time_seconds=status.start_time.seconds,
+                name=status.base_model, fingerprint_digest=status.base_fingerprint_digest
             )
             self._asked_at = time.monotonic()
         return self._known

@@ -9,6 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorafleet.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from lorafleet.registry.v1.adapter_pb2_grpc import AdapterServiceStub
+from lorafleet.registry.v1.base_model_pb2_grpc import BaseModelServiceStub
 from lorafleet.registry.v1.file_pb2_grpc import FileServiceStub
 from lorafleet.trainer.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from services.common.channels import open_channel
@@ -17,6 +18,7 @@ from services.gateway.config import GatewaySettings
 HEALTH_TIMEOUT_SECONDS = 2.0
 
 ADAPTER_SERVICE = "lorafleet.registry.v1.AdapterService"
+BASE_MODEL_SERVICE = "lorafleet.registry.v1.BaseModelService"
 FILE_SERVICE = "lorafleet.registry.v1.FileService"
 TRAINER_SERVICE = "lorafleet.trainer.v1.TrainerService"
 INFERENCE_SERVICE = "lorafleet.inference.v1.InferenceService"
@@ -32,7 +34,9 @@ _REGISTRY_READS = [
         "ListAliases",
         "ListAliasHistory",
     )
-] + [f"{FILE_SERVICE}/{method}" for method in ("GetFile", "ListFiles")]
+]
+_REGISTRY_READS += [f"{FILE_SERVICE}/{method}" for method in ("GetFile", "ListFiles")]
+_REGISTRY_READS += [f"{BASE_MODEL_SERVICE}/GetBaseModel"]
 _TRAINER_READS = [
     f"{TRAINER_SERVICE}/{method}" for method in ("GetJob", "ListJobs", "ListEvents", "ListCheckpoints")
 ]
@@ -56,6 +60,7 @@ class Upstream:
             settings.inference_target, idempotent_methods=_INFERENCE_READS, unary_timeout_seconds=seconds
         )
         self.adapters = AdapterServiceStub(registry)
+        self.bases = BaseModelServiceStub(registry)
         self.files = FileServiceStub(registry)
         self.trainer = TrainerServiceStub(trainer)
         self.inference = InferenceServiceStub(inference)

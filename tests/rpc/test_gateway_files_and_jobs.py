@@ -15,7 +15,7 @@ import pytest
 
 from lorafleet.inference.v1.inference_service_pb2 import ResidentAdapter, Tier
 from lorafleet.trainer.v1.job_pb2 import Progress
-from tests.support.fake_services import BASE
+from tests.support.fake_services import BASE, BASE_CREATED
 from tests.support.gateway import GatewayUnderTest, running_gateway, sse_objects, wait_until
 
 ROWS = b'{"prompt": "a\\n", "completion": "b"}\n' * 100
@@ -321,6 +321,8 @@ def test_models(gateway: GatewayUnderTest, http: httpx.Client) -> None:
         ("support@prod", "support:1", BASE),
     ]
     assert all(model.keys() >= {"id", "object", "created", "owned_by"} for model in listed["data"])
+    # When the base was registered: a restart of inference makes no new model.
+    assert listed["data"][0]["created"] == BASE_CREATED
     one = http.get(f"/v1/models/ft:{BASE}:default:support:v1").json()
     assert (one["id"], one["root"]) == (f"ft:{BASE}:default:support:v1", "support:1")
     assert http.get(f"/v1/models/{BASE}").json() == listed["data"][0]

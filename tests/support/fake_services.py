@@ -19,8 +19,10 @@ from lorafleet.inference.v1 import generation_pb2 as gen
 from lorafleet.inference.v1 import inference_service_pb2 as inf
 from lorafleet.inference.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from lorafleet.registry.v1 import adapter_pb2 as reg
+from lorafleet.registry.v1 import base_model_pb2 as bases
 from lorafleet.registry.v1 import file_pb2 as files
 from lorafleet.registry.v1.adapter_pb2_grpc import AdapterServiceServicer
+from lorafleet.registry.v1.base_model_pb2_grpc import BaseModelServiceServicer
 from lorafleet.registry.v1.file_pb2_grpc import FileServiceServicer
 from lorafleet.trainer.v1 import job_pb2 as job
 from lorafleet.trainer.v1 import trainer_service_pb2 as trn
@@ -39,6 +41,7 @@ from services.common.names import AdapterRef
 
 BASE = "tiny-base"
 FINGERPRINT = "sha256:" + "b" * 64
+BASE_CREATED = 1_700_000_000
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -51,6 +54,14 @@ def now() -> Timestamp:
 def digest_of(*parts: object) -> str:
     """A digest over the texts of `parts`."""
     return "sha256:" + hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+class FakeBases(BaseModelServiceServicer):
+    """The one base that is registered."""
+
+    async def GetBaseModel(self, request: bases.GetBaseModelRequest, context: Context) -> bases.BaseModel:
+        assert request.name == BASE
+        return bases.BaseModel(name=BASE, create_time=Timestamp(seconds=BASE_CREATED))
 
 
 class FakeFiles(FileServiceServicer):
@@ -337,9 +348,7 @@ class FakeInference(InferenceServiceServicer):
         return inf.ListResidentResponse(adapters=self.resident)
 
     async def GetStatus(self, request: inf.GetStatusRequest, context: Context) -> inf.EngineStatus:
-        return inf.EngineStatus(
-            base_model=BASE, base_fingerprint_digest=FINGERPRINT, start_time=Timestamp(seconds=1_700_000_000)
-        )
+        return inf.EngineStatus(base_model=BASE, base_fingerprint_digest=FINGERPRINT, start_time=now())
 
     @staticmethod
     def _text(request: gen.GenerateRequest) -> str:

@@ -19,6 +19,7 @@ from pydantic import SecretStr
 
 from lorafleet.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from lorafleet.registry.v1.adapter_pb2_grpc import add_AdapterServiceServicer_to_server
+from lorafleet.registry.v1.base_model_pb2_grpc import add_BaseModelServiceServicer_to_server
 from lorafleet.registry.v1.file_pb2_grpc import add_FileServiceServicer_to_server
 from lorafleet.trainer.v1.trainer_service_pb2_grpc import add_TrainerServiceServicer_to_server
 from services.common.config import ServiceSettings
@@ -29,7 +30,7 @@ from services.gateway.app import create_app
 from services.gateway.config import GatewaySettings
 from services.gateway.keys import KeyRing, Scope
 from services.gateway.server import bind
-from tests.support.fake_services import FakeAdapters, FakeFiles, FakeInference, FakeTrainer
+from tests.support.fake_services import FakeAdapters, FakeBases, FakeFiles, FakeInference, FakeTrainer
 
 PEPPER = "a pepper for tests, long enough"
 WAIT_SECONDS = 10.0
@@ -116,6 +117,7 @@ async def _serve(
     registry_host = ServiceHost(ServiceSettings(), [upstream.ADAPTER_SERVICE, upstream.FILE_SERVICE])
     trainer_host = ServiceHost(ServiceSettings(), [upstream.TRAINER_SERVICE])
     inference_host = ServiceHost(ServiceSettings(), [upstream.INFERENCE_SERVICE])
+    add_BaseModelServiceServicer_to_server(FakeBases(), registry_host.server)  # type: ignore[abstract]
     add_FileServiceServicer_to_server(files, registry_host.server)
     add_AdapterServiceServicer_to_server(adapters, registry_host.server)
     add_TrainerServiceServicer_to_server(trainer, trainer_host.server)
