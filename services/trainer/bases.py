@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from lorafleet.registry.v1.base_model_pb2 import BaseModel
+from services.common.base_models import base_model
 from services.common.errors import NotFound
-from services.common.fingerprint import (
-    BaseFingerprint,
-    Quantization,
-    fingerprint_base,
-    linear_module_table,
-    num_parameters,
-)
+from services.common.fingerprint import BaseFingerprint, Quantization, fingerprint_base
 from services.common.names import base_name
 from services.common.prompts import PromptEncoder
 
@@ -27,19 +21,14 @@ class TrainableBase:
 
     Attributes:
         modules: the linear layers that adapters may target: name -> (in_features, out_features).
-        max_model_len: longest sequence in tokens.
+        record: what the registry keeps of it.
         encoder: its tokenizer and chat template.
     """
 
     name: str
     path: Path
     fingerprint: BaseFingerprint
-    architecture: str
-    hidden_size: int
-    num_layers: int
-    vocab_size: int
-    max_model_len: int
-    num_parameters: int
+    record: BaseModel
     modules: Mapping[str, tuple[int, int]]
     encoder: PromptEncoder
 
@@ -50,20 +39,10 @@ class TrainableBase:
         Raises:
             InvalidArgument, FailedPrecondition: what is wrong with the name or the folder.
         """
-        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return cls(
-            name=base_name(name),
-            path=path,
-            fingerprint=fingerprint_base(path, quantization),
-            architecture=str(config["architectures"][0]),
-            hidden_size=int(config["hidden_size"]),
-            num_layers=int(config["num_hidden_layers"]),
-            vocab_size=int(config["vocab_size"]),
-            max_model_len=int(config["max_position_embeddings"]),
-            num_parameters=num_parameters(path),
-            modules=linear_module_table(path),
-            encoder=PromptEncoder.load(path),
-        )
+        fingerprint = fingerprint_base(path, quantization)
+        record = base_model(base_name(name), path, fingerprint)
+        modules = {module.name: (module.in_features, module.out_features) for module in record.linear_modules}
+        return cls(name, path, fingerprint, record, modules, PromptEncoder.load(path))
 
 
 class BaseCatalog:

@@ -10,11 +10,10 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from services.common.config import IndexSettings, ListenAddress, ServiceSettings, StoreSettings
-from services.common.fingerprint import ComputeDtype, Quantization, QuantizationType
+from services.common.fingerprint import ComputeDtype, Quantization
 from services.common.store import ObjectStore, open_store
 
 # What bitsandbytes uses unless told otherwise; part of the base's fingerprint.
-NF4_BLOCK_SIZE = 64
 
 
 class TrainerSettings(IndexSettings, StoreSettings, ServiceSettings):
@@ -78,7 +77,7 @@ class TrainerSettings(IndexSettings, StoreSettings, ServiceSettings):
         dtype = ComputeDtype(automatic if self.compute_dtype == "auto" else self.compute_dtype)
         if self.quantization == "none":
             return Quantization.none(dtype)
-        return Quantization(QuantizationType.NF4, NF4_BLOCK_SIZE, True, dtype)
+        return Quantization.nf4(dtype)
 
     @property
     def device_type(self) -> Literal["cpu", "cuda"]:

@@ -6,12 +6,9 @@ from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from lorafleet.registry.v1 import base_model_pb2
 from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
 from services.common.errors import FieldViolation, InvalidArgument
-from services.common.fingerprint import QuantizationType
 from services.common.status import to_status
-from services.trainer.bases import TrainableBase
 from services.trainer.index import JobView
 from services.trainer.job import (
     Checkpoint,
@@ -202,43 +199,6 @@ def method_to_proto(method: MethodCapability) -> trainer_service_pb2.MethodCapab
         trains_on_nf4=method.trains_on_nf4,
         served_exactly=method.served_exactly,
         served_rank_factor=method.served_rank_factor,
-    )
-
-
-def base_to_proto(base: TrainableBase) -> base_model_pb2.BaseModel:
-    """Return a base as the registry records it."""
-    fingerprint = base.fingerprint
-    quantization = fingerprint.quantization
-    types = {
-        QuantizationType.NONE: base_model_pb2.QUANTIZATION_TYPE_NONE,
-        QuantizationType.NF4: base_model_pb2.QUANTIZATION_TYPE_NF4,
-        QuantizationType.FP4: base_model_pb2.QUANTIZATION_TYPE_FP4,
-    }
-    return base_model_pb2.BaseModel(
-        name=base.name,
-        fingerprint=base_model_pb2.Fingerprint(
-            weights_digest=fingerprint.weights_digest,
-            config_digest=fingerprint.config_digest,
-            tokenizer_digest=fingerprint.tokenizer_digest,
-            chat_template_digest=fingerprint.chat_template_digest,
-            quantization=base_model_pb2.Quantization(
-                type=types[quantization.type],
-                block_size=quantization.block_size,
-                double_quantization=quantization.double_quantization,
-                compute_dtype=quantization.compute_dtype.value,
-            ),
-            digest=fingerprint.digest,
-        ),
-        architecture=base.architecture,
-        hidden_size=base.hidden_size,
-        num_layers=base.num_layers,
-        vocab_size=base.vocab_size,
-        max_model_len=base.max_model_len,
-        num_parameters=base.num_parameters,
-        linear_modules=[
-            base_model_pb2.LinearModule(name=name, in_features=size[0], out_features=size[1])
-            for name, size in sorted(base.modules.items())
-        ],
     )
 
 

@@ -28,14 +28,14 @@ def estimate(spec: TrainingSpec, report: DatasetReport, base: TrainableBase) -> 
     row_tokens = min(report.max_row_tokens, spec.max_seq_len)
     batch_tokens = spec.batch_size * row_tokens
     kept = 1 if spec.gradient_checkpointing else _KEPT_PER_LAYER
-    activations = batch_tokens * base.hidden_size * base.num_layers * kept * _FLOAT32_BYTES
-    logits = 2 * batch_tokens * base.vocab_size * _FLOAT32_BYTES
+    activations = batch_tokens * base.record.hidden_size * base.record.num_layers * kept * _FLOAT32_BYTES
+    logits = 2 * batch_tokens * base.record.vocab_size * _FLOAT32_BYTES
     return Estimate(
         tokens=report.tokens * spec.n_epochs,
         steps=steps_per_epoch * spec.n_epochs,
         minutes=0.0,
         memory_bytes={
-            "base": base_bytes(base.num_parameters, base.modules, base.fingerprint.quantization),
+            "base": base_bytes(base.record.num_parameters, base.modules, base.fingerprint.quantization),
             "adapter": adapter_weights * _FLOAT32_BYTES,
             # AdamW keeps two moments, and the gradient is as large as the weights.
             "optimizer": 3 * adapter_weights * _FLOAT32_BYTES,

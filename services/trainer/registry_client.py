@@ -17,7 +17,6 @@ from services.common.channels import open_channel
 from services.common.errors import DataLoss, ResourceExhausted
 from services.common.status import from_rpc_error
 from services.trainer.bases import TrainableBase
-from services.trainer.conversion import base_to_proto
 
 CHUNK_BYTES = 512 * 1024
 TRANSFER_SECONDS = 600.0
@@ -47,7 +46,7 @@ class RegistryClient:
         Raises:
             AlreadyExists: `base_exists`, where its name stands for another base.
         """
-        request = base_model_pb2.CreateBaseModelRequest(base_model=base_to_proto(base))
+        request = base_model_pb2.CreateBaseModelRequest(base_model=base.record)
         try:
             await self._bases.CreateBaseModel(request)
         except grpc.RpcError as error:

@@ -78,7 +78,7 @@ class RequestChecker:
 
     def _spec(self, message: job_pb2.TrainingSpec, base: TrainableBase) -> TrainingSpec:
         return resolve_spec(
-            given_spec(message), max_model_len=base.max_model_len, module_names=list(base.modules)
+            given_spec(message), max_model_len=base.record.max_model_len, module_names=list(base.modules)
         )
 
     async def _check_files(self, training_file: str, validation_file: str) -> None:

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from services.common.adapter_format import CONFIG_FILE, WEIGHTS_FILE
-from services.common.fingerprint import Quantization, QuantizationType
+from services.common.base_loading import load_base_model
+from services.common.fingerprint import Quantization
 from services.trainer.spec import TrainingSpec
 
 _ADAPTER = "default"
@@ -88,35 +87,8 @@ class AdapterModel:
 
 
 def load_base(base: BaseFolder, device: torch.device) -> Any:
-    """Return the base as a transformers causal model in evaluation mode, frozen.
-
-    NF4 with double quantisation follows QLoRA (Dettmers et al. 2023, arXiv 2305.14314, section 3).
-    """
-    quantization = base.quantization
-    dtype = getattr(torch, quantization.compute_dtype.value)
-    options: dict[str, Any] = {}
-    if quantization.type is QuantizationType.NF4:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=quantization.double_quantization,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        base.path,
-        dtype=dtype,
-        device_map={"": str(device)},
-        local_files_only=True,
-        trust_remote_code=False,
-        attn_implementation="sdpa",
-        **options,
-    )
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # On CPUs with bf16 units, evaluation would repack the weights for good; then no training goes on.
-            module.support_avx512bf16_for_cpu = False
-    model.requires_grad_(False)
-    return model.eval()
+    """Return the base as a frozen transformers causal model, as inference loads it."""
+    return load_base_model(base.path, base.quantization, device=device, attention="sdpa")
 
 
 def attach_adapter(base_model: Any, spec: TrainingSpec, *, seed: int, pad_id: int) -> AdapterModel:
