@@ -18,7 +18,7 @@ TEXT = (
     "Every morning he went out with his axe, and every evening he came home with an empty sack. "
     '"What shall we do?" said the girl to her brother. "There is no bread left in the house."'
 )
-# A byte-level model that knows nothing spends 8 bits a byte; gzip spends over 4 on a text as short as this.
+# A byte-level model that knows nothing spends 8 bits a byte; gzip spends over 5 on a text as short as this.
 READABLE_BITS_PER_BYTE = 2.3
 
 
