@@ -117,4 +117,4 @@ def test_soft_capped_attention_is_refused_when_the_model_is_loaded(tmp_path: Pat
 def test_a_missing_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition) as caught:
         make_engine(tmp_path / "nothing", tmp_path / "cache", FolderFetcher({}))
-    assert caught.value.reason == "base_not_found"
+    assert caught.value.reason == "base_missing"
