@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from services.common.rpc.call import Call, Layer
+from services.common.rpc.remainder import read_to_the_end
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -42,7 +43,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def answer_once(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with self._around(Call(method, is_streaming, context)):
-                return await behavior(request, context)
+                if not handler.request_streaming:
+                    return await behavior(request, context)
+                async with read_to_the_end(request):
+                    return await behavior(request, context)
 
         async def answer_stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             async with self._around(Call(method, is_streaming, context)):
