@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,13 +13,15 @@ from services.common import status
 from services.common.errors import InvalidArgument
 from tests.support.rpc import COLLECT, TENANT, echo_service, foreign_channel, running_host
 
-ROUNDS = 30
-CHUNK = b"x" * (256 * 1024)
+ROUNDS = 100
+CHUNK = b"x" * 300
 
 
 async def chunks() -> AsyncIterator[bytes]:
-    for _ in range(12):
+    """Small messages with other work in between: the answer comes while the next one is being written."""
+    for _ in range(20):
         yield CHUNK
+        await asyncio.sleep(0)
 
 
 async def test_a_refusal_reaches_a_client_that_is_still_sending() -> None:
