@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from services.common.config import IndexSettings, ListenAddress, ServiceSettings, StoreSettings
+from services.common.config import IndexSettings, ListenAddress, PeerSettings, ServiceSettings, StoreSettings
 from services.common.fingerprint import ComputeDtype, Quantization, QuantizationType
 from services.common.store import ObjectStore, open_store
 
@@ -18,7 +18,7 @@ from services.common.store import ObjectStore, open_store
 NF4_BLOCK_SIZE = 64
 
 
-class TrainerSettings(IndexSettings, StoreSettings, ServiceSettings):
+class TrainerSettings(IndexSettings, StoreSettings, PeerSettings, ServiceSettings):
     """What the service, its workers and their child processes read from the environment."""
 
     model_config = SettingsConfigDict(env_prefix="LORAFLEET_TRAINER_")
