@@ -7,8 +7,10 @@ import json
 import re
 from typing import Any, NoReturn
 
-# Consumes whole strings, so that brackets inside them are not counted; never looks at a byte twice.
-_STRUCTURE = re.compile(r'"(?:[^"\\]++|\\.?)*+"?|[{}\[\]]', re.DOTALL)
+# Whole strings, so that marks inside them are not counted; never looks at a character twice.
+_STRING = re.compile(r'"(?:[^"\\]++|\\.?)*+"?', re.DOTALL)
+_PAIR = re.compile(r"\[\]|\{\}")
+_NOT_BRACKETS = re.compile(r"[^{}\[\]]+")
 
 
 class JsonFault(enum.Enum):
@@ -41,17 +43,21 @@ class _Object(dict[str, Any]):
     repeated_key: str | None = None
 
 
-def parse_object(data: bytes, *, max_depth: int) -> dict[str, Any]:
+def parse_object(data: bytes, *, max_depth: int, max_values: int | None = None) -> dict[str, Any]:
     """Return the JSON object in `data`; its time is linear in `len(data)`.
 
+    With `max_values`, a document of more values is refused before any of them is made: very many small values
+    take far more memory than their text.
+
     Raises:
-        StrictJsonError: not UTF-8, not JSON, not an object, deeper than `max_depth`, or a key is given twice.
+        StrictJsonError: not UTF-8, not JSON, not an object, deeper than `max_depth`, more values than
+            `max_values`, or a key is given twice.
     """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise StrictJsonError(JsonFault.NOT_UTF8, f"not UTF-8 at byte {error.start}") from error
-    _check_depth(text, max_depth)
+    _check_structure(_STRING.sub("", text), max_depth, max_values)
     try:
         parsed = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except ValueError as error:
@@ -68,16 +74,17 @@ def canonical_json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def _check_depth(text: str, max_depth: int) -> None:
-    depth = 0
-    for match in _STRUCTURE.finditer(text):
-        mark = match.group()[0]
-        if mark in "{[":
-            depth += 1
-            if depth > max_depth:
-                raise StrictJsonError(JsonFault.BAD_JSON, f"nested deeper than {max_depth} levels")
-        elif mark in "}]":
-            depth -= 1
+def _check_structure(marks: str, max_depth: int, max_values: int | None) -> None:
+    # Every value but the first of its container follows a comma.
+    num_values = marks.count(",") + marks.count("{") + marks.count("[") + 1
+    if max_values is not None and num_values > max_values:
+        raise StrictJsonError(JsonFault.BAD_JSON, f"it has more than {max_values} values")
+    brackets = _NOT_BRACKETS.sub("", marks)
+    for _ in range(max_depth):
+        brackets = _PAIR.sub("", brackets)
+    # A pair that is left lies around deeper ones; what was never closed, the parser refuses by itself.
+    if _PAIR.search(brackets) or brackets.count("{") + brackets.count("[") > max_depth:
+        raise StrictJsonError(JsonFault.BAD_JSON, f"nested deeper than {max_depth} levels")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> _Object:
