@@ -77,6 +77,11 @@ class Publication:
         plain = _ADAPTER.dump_python(content, mode="json")
         return "sha256:" + hashlib.sha256(canonical_json(plain)).hexdigest()
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of both files, as announced."""
+        return sum(file.size_bytes for file in self.files)
+
     def file(self, name: str) -> StoredFile:
         """The announced file `name`."""
         return next(file for file in self.files if file.name == name)

@@ -22,6 +22,7 @@ from services.common.adapter_format import read_folder
 from services.common.channels import open_channel
 from services.common.fingerprint import fingerprint_base, linear_module_table, num_parameters
 from services.common.valkey import EmbeddedValkey
+from services.registry.index import STATE
 from services.registry.service import SERVICES
 from tests.support.models import make_peft_adapter, make_tiny_llama
 from tests.support.registry import FINGERPRINT, Client, Place, Upload, base_message, reason_of
@@ -100,7 +101,7 @@ async def test_kill_restart_and_reindex(place: Place, tmp_path: Path) -> None:
             timeout=60,
         )
         assert (finished.returncode, finished.stdout) == (0, b"3 records indexed\n")
-        assert index.hget("registry:state", "records") == b"3"
+        assert index.hget(STATE, "records") == b"3"
 
 
 async def test_starts_without_its_index_and_outlives_it(tmp_path: Path) -> None:
