@@ -20,8 +20,8 @@ METADATA_LIMIT_BYTES: Final = 16 * 1024
 MAX_CONCURRENT_STREAMS: Final = 1024
 """Calls at a time over one connection; a client holds back those above."""
 
-MIN_PING_INTERVAL_SECONDS: Final = 5.0
-"""A client that pings more often, and has no call sending data, loses its connection."""
+MIN_PING_INTERVAL_SECONDS: Final = 10.0
+"""A client that pings more often while the server sends it nothing loses its connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,11 @@ def transport_options(keepalive: KeepAlive) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", METADATA_LIMIT_BYTES),
         ("grpc.absolute_max_metadata_size", METADATA_LIMIT_BYTES),
         ("grpc.keepalive_time_ms", int(keepalive.interval_seconds * 1000)),
+        # gRPC waits for the answer to a ping by the second of these and takes a minute by default.
         ("grpc.keepalive_timeout_ms", int(keepalive.timeout_seconds * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(keepalive.timeout_seconds * 1000)),
+        # A stream may be quiet for long; without this a channel stops to ping after two of them.
+        ("grpc.http2.max_pings_without_data", 0),
     ]
 
 
@@ -68,5 +72,5 @@ def server_options(keepalive: KeepAlive = KEEPALIVE) -> list[tuple[str, int]]:
         *transport_options(keepalive),
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(MIN_PING_INTERVAL_SECONDS * 1000)),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(MIN_PING_INTERVAL_SECONDS * 1000)),
     ]
