@@ -20,6 +20,8 @@ from services.registry.records import FileDeletion, FileRecord, VersionDeletion,
 from services.registry.uninterrupted import in_thread
 from services.registry.uploads import Uploads
 
+ABANDONED_SECONDS = 24 * 3600.0
+
 _logger = logging.getLogger("lorafleet.registry")
 
 
@@ -58,7 +60,9 @@ class Collector:
         """
         await self._catalogue.query()
         num_uploads = await self._uploads.sweep()
-        num_abandoned = await in_thread(self._store.sweep, older_than_seconds=grace_seconds)
+        # No grace is so short that it may end a writer at work.
+        abandoned_seconds = max(grace_seconds, ABANDONED_SECONDS)
+        num_abandoned = await in_thread(self._store.sweep, older_than_seconds=abandoned_seconds)
         with self._blobs.sweeping() as in_use:
             leased = await self._leases.held()
             snapshot = await in_thread(Journal(self._store).snapshot)

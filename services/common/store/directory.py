@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from services.common.failpoints import failpoint
 from services.common.store.disk_errors import disk_errors
 from services.common.store.interface import (
     STREAM_CHUNK_BYTES,
@@ -57,10 +58,12 @@ class DirectoryStore:
             try:
                 self._write(temporary, chunks)
                 self._make_folders(target.parent)
+                failpoint("store.before_visible")
                 if if_absent:
                     self._link(temporary, target)
                 else:
                     temporary.replace(target)
+                failpoint("store.before_sync")
                 _sync_folder(target.parent)
             finally:
                 temporary.unlink(missing_ok=True)
