@@ -31,7 +31,7 @@ class AdapterLimits:
     max_weights_bytes: int = 2 * GIB
     max_rank: int = 256
     max_delta_norm: float = 1e6
-    max_modules: int = 4096
+    max_modules: int = 2048
     scan_chunk_bytes: int = 4 * MIB
 
     @property

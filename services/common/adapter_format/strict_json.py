@@ -37,34 +37,48 @@ class StrictJsonError(Exception):
         self.top_level = top_level
 
 
-class _Object(dict[str, Any]):
-    """An object that remembers the first key given twice."""
+class _Objects:
+    """Makes the objects of one document, inner ones first, and remembers keys given twice."""
 
-    repeated_key: str | None = None
+    def __init__(self) -> None:
+        self.first_repeated: str | None = None
+        self.repeated_in_latest: str | None = None
+
+    def make(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Return the object of `pairs`."""
+        result = dict(pairs)
+        self.repeated_in_latest = None if len(result) == len(pairs) else _repeated(pairs)
+        if self.first_repeated is None:
+            self.first_repeated = self.repeated_in_latest
+        return result
 
 
 def parse_object(data: bytes, *, max_depth: int, max_values: int | None = None) -> dict[str, Any]:
     """Return the JSON object in `data`; its time is linear in `len(data)`.
 
-    With `max_values`, a document of more values is refused before any of them is made: very many small values
-    take far more memory than their text.
+    With `max_values`, a document of more values or strings is refused before any of them is made: a great
+    many small values take far more memory than their text.
 
     Raises:
-        StrictJsonError: not UTF-8, not JSON, not an object, deeper than `max_depth`, more values than
+        StrictJsonError: not UTF-8, not JSON, not an object, deeper than `max_depth`, larger than
             `max_values`, or a key is given twice.
     """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise StrictJsonError(JsonFault.NOT_UTF8, f"not UTF-8 at byte {error.start}") from error
+    # Escaped quotes count too: the limit is far above what an honest document of that size has.
+    if max_values is not None and text.count('"') > 2 * max_values:
+        raise StrictJsonError(JsonFault.BAD_JSON, f"it has more than {max_values} strings")
     _check_structure(_STRING.sub("", text), max_depth, max_values)
+    objects = _Objects()
     try:
-        parsed = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        parsed = json.loads(text, object_pairs_hook=objects.make, parse_constant=_refuse_constant)
     except ValueError as error:
         raise StrictJsonError(JsonFault.BAD_JSON, f"not JSON: {error}") from error
-    if not isinstance(parsed, _Object):
+    if not isinstance(parsed, dict):
         raise StrictJsonError(JsonFault.BAD_JSON, "not a JSON object")
-    _check_repeated(parsed, top_level=True)
+    _check_repeated(objects)
     _check_surrogates(text, parsed)
     return parsed
 
@@ -87,34 +101,26 @@ def _check_structure(marks: str, max_depth: int, max_values: int | None) -> None
         raise StrictJsonError(JsonFault.BAD_JSON, f"nested deeper than {max_depth} levels")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> _Object:
-    result = _Object(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                result.repeated_key = key
-                break
-            seen.add(key)
-    return result
+def _repeated(pairs: list[tuple[str, Any]]) -> str:
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            return key
+        seen.add(key)
+    raise AssertionError("no key is given twice")
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check_repeated(value: object, *, top_level: bool) -> None:
-    if isinstance(value, _Object):
-        if value.repeated_key is not None:
-            message = f"key {value.repeated_key[:80]!r} is given twice"
-            raise StrictJsonError(
-                JsonFault.DUPLICATE_KEY, message, key=value.repeated_key, top_level=top_level
-            )
-        for item in value.values():
-            _check_repeated(item, top_level=False)
-    elif isinstance(value, list):
-        for item in value:
-            _check_repeated(item, top_level=False)
+def _check_repeated(objects: _Objects) -> None:
+    # The outermost object is made last.
+    outermost = objects.repeated_in_latest
+    key = objects.first_repeated if outermost is None else outermost
+    if key is not None:
+        message = f"key {key[:80]!r} is given twice"
+        raise StrictJsonError(JsonFault.DUPLICATE_KEY, message, key=key, top_level=outermost is not None)
 
 
 def _check_surrogates(text: str, parsed: object) -> None:
