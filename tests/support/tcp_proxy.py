@@ -19,6 +19,23 @@ class TcpProxy:
         self.to_server.set()
         self.to_client.set()
         self.address = ""
+        self._listener: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        """Listen, on the same port as before."""
+        port = int(self.address.rpartition(":")[2] or 0)
+        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", port)
+        self.address = f"127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+
+    async def shut(self) -> None:
+        """Refuse connections, and drop those that there are."""
+        if self._listener is not None:
+            self._listener.close()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        for writer in self._writers:
+            writer.transport.abort()
 
     def cut(self) -> None:
         """Hold everything back, both ways, without closing a connection."""
@@ -30,20 +47,12 @@ class TcpProxy:
         self.to_server.set()
         self.to_client.set()
 
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one client."""
         far_reader, far_writer = await asyncio.open_connection(*self._target)
         self._writers += [writer, far_writer]
         self._pumps.append(asyncio.create_task(_pump(reader, far_writer, self.to_server)))
         self._pumps.append(asyncio.create_task(_pump(far_reader, writer, self.to_client)))
-
-    async def close(self) -> None:
-        """Drop every connection."""
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
-        for writer in self._writers:
-            writer.transport.abort()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_open: asyncio.Event) -> None:
@@ -60,10 +69,8 @@ async def tcp_proxy(address: str) -> AsyncIterator[TcpProxy]:
     """Run a proxy on a free port in front of the server at `HOST:PORT`."""
     host, _, port = address.rpartition(":")
     proxy = TcpProxy(host, int(port))
-    server = await asyncio.start_server(proxy.accept, "127.0.0.1", 0)
-    proxy.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    await proxy.open()
     try:
         yield proxy
     finally:
-        server.close()
-        await proxy.close()
+        await proxy.shut()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grpc
+import hypothesis
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
@@ -108,6 +109,7 @@ WORDS = st.from_regex(r"[a-z][a-z0-9_]{0,20}", fullmatch=True)
 TEXTS = st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace").decode())
 
 
+@hypothesis.settings(max_examples=20)
 @given(
     reason=WORDS,
     message=TEXTS,
