@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def reading() -> None:
     start_reading()
 
 
-async def settled(name: str, attributes: dict[str, object], wanted: float) -> float:
+async def settled(name: str, attributes: Mapping[str, object], wanted: float) -> float:
     """Wait until a total is what it should be; the server ends a call after its client has."""
     for _ in range(200):
         if total(name, attributes) == wanted:
