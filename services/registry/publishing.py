@@ -145,6 +145,7 @@ class Incoming:
             self.uploads[CONFIG_FILE].path.read_bytes(),
             self.uploads[WEIGHTS_FILE].path,
             base_modules=base.module_table(),
+            weights_digest=self.uploads[WEIGHTS_FILE].digest,
             limits=limits,
         )
 

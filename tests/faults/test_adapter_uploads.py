@@ -279,7 +279,7 @@ CASES: dict[str, Callable[[], Case]] = {
         "bad_digest", lambda header: setattr(header.files[0], "digest", "md5:" + "0" * 32)
     ),
 } | {
-    f"28 name {name[:20]!a}": (lambda name=name: named(name))  # type: ignore[misc]
+    f"28 name {name[:20]!a}": (lambda name=name: named(name))
     for name in ("../../x", "a/b", ".", "a\0", "a\r\nb", "x" * 300, "b\u0456lling", "a.", "a%252Fb")
 }
 
