@@ -13,23 +13,16 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import multiprocessing
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 
-from services.common import failpoints
-from services.common.channels import open_channel
 from services.common.errors import LorafleetError
-from services.common.server import ServiceHost
 from services.common.valkey import EmbeddedValkey
-from services.registry.service import SERVICES, Registry
 from tests.support.crash_ledger import Ledger
-from tests.support.registry import Client, Place
+from tests.support.forked_registry import forked_registry
+from tests.support.registry import Place
 
 STEPS = ("before_record", "after_record", "after_index")
 FAILPOINTS = (
@@ -39,7 +32,6 @@ FAILPOINTS = (
     *("upload.before_complete", "upload.before_cleanup", "gc.before_delete", "gc.after_delete"),
 )
 MAX_OPERATIONS = 60
-START_SECONDS = 60.0
 COLLECT_SECONDS = 0.02
 
 
@@ -82,7 +74,7 @@ async def _rounds(place: Place, rules: list[str], seed: int) -> Counts:
     ledger = Ledger(random.Random(seed))
     for rule in rules:
         started = time.monotonic()
-        async with _registry(place, rule) as (process, client):
+        async with forked_registry(place, rule=rule, collect_seconds=COLLECT_SECONDS) as (process, client):
             counts.restart_seconds_worst = max(counts.restart_seconds_worst, time.monotonic() - started)
             try:
                 await ledger.audit(client, sample=3)
@@ -95,54 +87,13 @@ async def _rounds(place: Place, rules: list[str], seed: int) -> Counts:
                     raise AssertionError(f"{rule}: {error}") from error
             counts.kills += 1
             counts.kills_at_failpoints += not process.is_alive()
-    async with _registry(place, "") as (_, client):
+    async with forked_registry(place) as (_, client):
         await ledger.audit(client, sample=None)
     counts.acknowledged = ledger.num_acknowledged
     counts.lost, counts.half_visible = len(ledger.lost), len(ledger.half_visible)
     for finding in (*ledger.lost, *ledger.half_visible):
         print(finding)
     return counts
-
-
-@asynccontextmanager
-async def _registry(
-    place: Place, rule: str
-) -> AsyncIterator[tuple[multiprocessing.context.ForkServerProcess, Client]]:
-    """A registry in a process of its own, armed with `rule`; killed at the end."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__, "services.registry.service"])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(place, rule, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        ready = await asyncio.to_thread(ours.poll, START_SECONDS)
-        assert ready, "the registry did not start"
-        async with open_channel(ours.recv()) as channel:
-            yield process, Client(channel, "acme")
-    finally:
-        ours.close()
-        process.kill()
-        await asyncio.to_thread(process.join)
-        process.close()
-
-
-def _serve(place: Place, rule: str, announce: Connection) -> None:
-    asyncio.run(_serve_and_collect(place, rule, announce))
-
-
-async def _serve_and_collect(place: Place, rule: str, announce: Connection) -> None:
-    settings = place.settings()
-    host = ServiceHost(settings, SERVICES)
-    registry = Registry(settings)
-    await registry.register(host)
-    await registry.probe()
-    announce.send(str(await host.start()))
-    # From here on: making ready is not what is tested.
-    failpoints.arm(rule)
-    while True:
-        await asyncio.sleep(COLLECT_SECONDS)
-        await registry.collect(grace_seconds=0.0)
 
 
 if __name__ == "__main__":

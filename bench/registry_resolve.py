@@ -15,8 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from lorafleet.registry.v1 import base_model_pb2
 from services.common.valkey import EmbeddedValkey
-from tests.support.registry import Client, Place, Upload, registry_client
+from tests.support.forked_registry import forked_registry
+from tests.support.registry import Client, Place, Upload, base_message
 
 ADAPTERS = 50
 
@@ -47,7 +49,9 @@ def main() -> None:
 
 async def load(place: Place, options: argparse.Namespace) -> list[float]:
     """Return the time of each resolve, in seconds."""
-    async with registry_client(place) as client:
+    async with forked_registry(place) as (_, client):
+        request = base_model_pb2.CreateBaseModelRequest(base_model=base_message())
+        await client.call(client.bases.CreateBaseModel, request)
         for number in range(ADAPTERS):
             await client.publish(Upload.made(number), adapter=f"adapter-{number}")
         publisher = asyncio.create_task(publish_for_ever(client, options.publishes))

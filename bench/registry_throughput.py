@@ -2,7 +2,7 @@
 
 Beside it, in the same run and in turns, the plain way: copying the files into a folder with fsync, or the
 bare MinIO client against the same server. Ratios are the registry's time over the plain one. Memory is the
-growth of this process's peak, which runs registry and client, above its size before. The last line is JSON.
+growth of the registry's peak above that after one adapter. The last line is JSON.
 
     python -m bench.registry_throughput
     python -m bench.registry_throughput --access-key K --secret-key S \\
@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import os
-import resource
 import shutil
 import statistics
 import tempfile
@@ -31,7 +30,8 @@ from lorafleet.registry.v1 import adapter_pb2, base_model_pb2
 from services.common.call_context import call_scope
 from services.common.valkey import EmbeddedValkey
 from tests.support.adapter_files import config_bytes, from_array, safetensors_bytes
-from tests.support.registry import FINGERPRINT, Client, Place, Upload, base_message, running_registry
+from tests.support.forked_registry import forked_registry, peak_bytes
+from tests.support.registry import FINGERPRINT, Client, Place, Upload, base_message
 
 RANK = 16
 FEATURES = 4096
@@ -139,13 +139,12 @@ async def measure(place: Place, plain: Plain, rounds: int) -> dict[str, object]:
     upload = make_upload()
     size_bytes = sum(len(data) for _, data in upload.files())
     result: dict[str, object] = {"adapter_bytes": size_bytes}
-    async with running_registry(place) as channel:
-        client = Client(channel, "bench")
+    async with forked_registry(place) as (process, client):
         request = base_model_pb2.CreateBaseModelRequest(base_model=wide_base())
         await client.call(client.bases.CreateBaseModel, request)
         await publish(client, upload, 0)
         await asyncio.to_thread(plain.put, 0, upload)
-        before = peak_bytes()
+        before = peak_bytes(process)
         for concurrency in (1, 16):
             ways: dict[str, Way] = {
                 "publish": lambda number: publish(client, upload, number),
@@ -167,7 +166,7 @@ async def measure(place: Place, plain: Plain, rounds: int) -> dict[str, object]:
                 "publish_ratio": round(median["publish"] / median["plain_put"], 2),
                 "download_ratio": round(median["download"] / median["plain_get"], 2),
             }
-        result["peak_growth_bytes"] = peak_bytes() - before
+        result["peak_growth_bytes"] = peak_bytes(process) - before
     return result
 
 
@@ -218,10 +217,6 @@ async def download(client: Client, size_bytes: int) -> None:
 
 async def read(plain: Plain, number: int, size_bytes: int) -> None:
     assert await asyncio.to_thread(plain.get, number) == size_bytes
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":
