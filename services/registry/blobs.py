@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from services.common.errors import DataLoss, OutOfRange, ResourceExhausted
 from services.common.failpoints import failpoint
@@ -25,7 +24,8 @@ class Upload:
         self._max_bytes = max_bytes
         self._field = field
         self._hash = hashlib.sha256()
-        self._file: BinaryIO = path.open("xb")
+        # Unbuffered: chunks are large, and a full disk is then met in `write`, never in `close`.
+        self._file = path.open("xb", buffering=0)
 
     @property
     def digest(self) -> str:
@@ -36,17 +36,15 @@ class Upload:
         """Append `data`; beyond the limit nothing is kept. Raises `ResourceExhausted` (`too_large`)."""
         if self.size_bytes + len(data) > self._max_bytes:
             raise too_large(self._field, self.size_bytes + len(data), self._max_bytes)
-        self._file.write(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
         self._hash.update(data)
         self.size_bytes += len(data)
 
     def close(self) -> None:
         """Close the file, which stays where it is."""
         self._file.close()
-
-    def finish(self) -> None:
-        """Hand everything to the operating system, so that `path` can be read."""
-        self._file.flush()
 
 
 class Blobs:

@@ -137,7 +137,6 @@ class Incoming:
             InvalidArgument, ResourceExhausted: `digest_mismatch` and everything that `read_adapter` raises.
         """
         for name, upload in self.uploads.items():
-            upload.finish()
             announced = self._publication.file(name)
             if upload.digest != announced.digest or upload.size_bytes != announced.size_bytes:
                 raise digest_mismatch(f"header.files.{name}", announced.digest, upload.digest)

@@ -219,7 +219,6 @@ class Uploads:
         for found in self._store.list(_part_prefix(session.tenant, session.id)):
             for chunk in self._store.stream(found.key):
                 upload.write(chunk)
-        upload.finish()
 
     def _remove(self, tenant: str, upload_id: str) -> None:
         for found in list(self._store.list(_part_prefix(tenant, upload_id))):

@@ -59,7 +59,6 @@ class FileServicer(file_pb2_grpc.FileServiceServicer):
                         )
                     check_chunk(request.data)
                     await in_thread(upload.write, request.data)
-                await in_thread(upload.finish)
                 record = await self._files.create(
                     tenant, filename, purpose, upload, declared_digest=declared_digest
                 )
