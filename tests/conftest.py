@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from services.common.valkey import EmbeddedValkey
+# Under `python -O` only rewritten asserts are run, and pytest rewrites test modules only unless told.
+pytest.register_assert_rewrite("tests.support")
+
+from services.common.valkey import EmbeddedValkey  # noqa: E402 - nothing of tests.support comes before
 
 # Read by torch when it is first imported: the tests share two cores with each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

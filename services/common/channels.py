@@ -19,7 +19,8 @@ from opentelemetry.trace import Span, SpanKind
 from services.common import call_context, telemetry
 from services.common.rpc.request_id import REQUEST_ID_KEY
 from services.common.rpc.tenant import TENANT_KEY
-from services.common.transport import MESSAGE_LIMIT_BYTES, METADATA_LIMIT_BYTES
+from services.common.tls import PeerTls
+from services.common.transport import KEEPALIVE, KeepAlive, channel_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +41,14 @@ class RetryPolicy:
     """What a success gives back of the one token that a failure takes."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeepAlive:
-    """HTTP/2 pings that find dead connections while calls are under way."""
-
-    interval_seconds: float = 30.0
-    timeout_seconds: float = 10.0
-
-
 def open_channel(
     target: str,
     *,
     idempotent_methods: Sequence[str] = (),
     retry: RetryPolicy = RetryPolicy(),
-    keepalive: KeepAlive = KeepAlive(),
+    keepalive: KeepAlive = KEEPALIVE,
     unary_timeout_seconds: float = 60.0,
+    tls: PeerTls | None = None,
 ) -> grpc.aio.Channel:
     """Return a channel to `HOST:PORT`; it connects at its first call and again whenever the peer comes back.
 
@@ -64,21 +58,12 @@ def open_channel(
         retry: how they are retried.
         keepalive: how dead connections are found.
         unary_timeout_seconds: the time for calls with one answer that are made without a `timeout`.
+        tls: whom to trust, and who we are; plain text when None.
     """
     options: list[tuple[str, Any]] = [
-        ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
-        ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
-        ("grpc.max_metadata_size", METADATA_LIMIT_BYTES),
-        ("grpc.absolute_max_metadata_size", METADATA_LIMIT_BYTES),
-        ("grpc.keepalive_time_ms", int(keepalive.interval_seconds * 1000)),
-        ("grpc.keepalive_timeout_ms", int(keepalive.timeout_seconds * 1000)),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 5000),
+        *channel_options(keepalive),
         ("grpc.service_config_disable_resolution", 1),
         ("grpc.service_config", _service_config(idempotent_methods, retry)),
-        # Two channels to one address share nothing, so closing one cannot disturb the other.
-        ("grpc.use_local_subchannel_pool", 1),
     ]
     interceptors: list[grpc.aio.ClientInterceptor] = [
         _UnaryUnary(unary_timeout_seconds),
@@ -86,7 +71,9 @@ def open_channel(
         _StreamUnary(None),
         _StreamStream(None),
     ]
-    return grpc.aio.insecure_channel(target, options=options, interceptors=interceptors)
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=options, interceptors=interceptors)
+    return grpc.aio.secure_channel(target, tls.credentials(), options=options, interceptors=interceptors)
 
 
 def _service_config(idempotent_methods: Sequence[str], retry: RetryPolicy) -> str:

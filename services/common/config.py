@@ -14,11 +14,19 @@ import ipaddress
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from services.common.tls import PeerTls, ServerTls
 
 EXIT_BAD_CONFIGURATION = 2
 SettingsT = TypeVar("SettingsT", bound="Settings")
@@ -50,7 +58,8 @@ def parse_address(text: str) -> Address:
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     is_port = port.isascii() and port.isdigit() and int(port) <= 65535
     if not colon or not host or not is_port or (":" in host and f"[{host}]" not in text):
-        raise ValueError(f"must be HOST:PORT with a port from 0 to 65535, not {text!r}")
+        # The text itself stays out of the message: a secret set under the wrong name must not be shown.
+        raise ValueError("must be HOST:PORT with a port from 0 to 65535")
     return Address(host, int(port))
 
 
@@ -79,12 +88,37 @@ def _checked_store_url(url: str) -> str:
 ListenAddress = Annotated[str, AfterValidator(_checked_address)]
 
 
+class _Environment(EnvSettingsSource):
+    """The environment, where a value that should be JSON and is not fails as a value of the wrong type does.
+
+    The library's own source gives up at the first such value and hides what else is wrong.
+    """
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
+
+
 class Settings(BaseSettings):
     """The rules for every settings class: frozen, nothing unknown, no NaN or infinity."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, env_prefix="LORAFLEET_", hide_input_in_errors=True
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read arguments, then the environment, and nothing else."""
+        return init_settings, _Environment(settings_cls)
 
 
 class ServiceSettings(Settings):
@@ -94,7 +128,20 @@ class ServiceSettings(Settings):
     """Address to serve on, `HOST:PORT`; port 0 takes a free one."""
 
     insecure_bind: bool = False
-    """Allow `listen` on an address that other machines can reach, in plain text, unauthenticated."""
+    """Allow `listen` on an address that other machines can reach, without mutual TLS: in plain text, or
+    trusting every caller; and `metrics_listen` likewise."""
+
+    tls_cert_file: Path | None = None
+    """Certificate chain of this server, PEM; with it and its key the server speaks TLS only."""
+
+    tls_key_file: Path | None = None
+    """Private key of `tls_cert_file`, PEM, not encrypted."""
+
+    tls_client_ca_file: Path | None = None
+    """Authorities whose certificates clients must show (mutual TLS), PEM."""
+
+    metrics_listen: ListenAddress | None = None
+    """Address for Prometheus, `HOST:PORT`; no port is opened without it."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
@@ -111,12 +158,60 @@ class ServiceSettings(Settings):
     """File that receives the bound `HOST:PORT` once the server listens."""
 
     otlp_endpoint: str | None = Field(default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
-    """OTLP collector for traces, e.g. `http://127.0.0.1:4317`; no traces are exported without it."""
+    """OTLP collector for traces and metrics, e.g. `http://127.0.0.1:4317`; nothing is exported without it."""
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("TLS_CERT_FILE and TLS_KEY_FILE go together")
+        if self.tls_client_ca_file is not None and self.tls_cert_file is None:
+            raise ValueError("TLS_CLIENT_CA_FILE needs TLS_CERT_FILE and TLS_KEY_FILE")
+        return self
 
     @property
     def address(self) -> Address:
         """`listen`, parsed."""
         return parse_address(self.listen)
+
+    @property
+    def metrics_address(self) -> Address | None:
+        """`metrics_listen`, parsed."""
+        return None if self.metrics_listen is None else parse_address(self.metrics_listen)
+
+    @property
+    def server_tls(self) -> ServerTls | None:
+        """How this server speaks TLS; None for plain text."""
+        if self.tls_cert_file is None or self.tls_key_file is None:
+            return None
+        return ServerTls(self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file)
+
+
+class PeerSettings(Settings):
+    """For services that call other services."""
+
+    peer_ca_file: Path | None = None
+    """Authorities of the servers that are called, PEM; with it all calls to them go over TLS."""
+
+    peer_cert_file: Path | None = None
+    """Certificate chain to show to servers that ask for one, PEM."""
+
+    peer_key_file: Path | None = None
+    """Private key of `peer_cert_file`, PEM, not encrypted."""
+
+    @model_validator(mode="after")
+    def _check_peer_tls(self) -> Self:
+        if (self.peer_cert_file is None) != (self.peer_key_file is None):
+            raise ValueError("PEER_CERT_FILE and PEER_KEY_FILE go together")
+        if self.peer_cert_file is not None and self.peer_ca_file is None:
+            raise ValueError("PEER_CERT_FILE needs PEER_CA_FILE")
+        return self
+
+    @property
+    def peer_tls(self) -> PeerTls | None:
+        """How channels speak TLS; None for plain text."""
+        if self.peer_ca_file is None:
+            return None
+        return PeerTls(self.peer_ca_file, self.peer_cert_file, self.peer_key_file)
 
 
 class IndexSettings(Settings):
@@ -148,8 +243,6 @@ def load(settings_class: type[SettingsT]) -> SettingsT:
         problems += [
             f"{_variable_name(settings_class, item['loc'])}: {item['msg']}" for item in error.errors()
         ]
-    except SettingsError as error:
-        problems.append(str(error))
     if problems:
         sys.stderr.write("bad configuration:\n" + "".join(f"  {line}\n" for line in problems))
         sys.exit(EXIT_BAD_CONFIGURATION)
@@ -167,10 +260,13 @@ def _unknown_variables(settings_class: type[Settings]) -> list[str]:
 
 def _variable_name(settings_class: type[Settings], location: tuple[int | str, ...]) -> str:
     """Return the environment variable behind a field, given by its name or, in errors, by its alias."""
-    first = str(location[0]) if location else ""
+    if not location:
+        # A rule about several variables, which its message names by what follows the prefix.
+        return f"{settings_class.model_config['env_prefix']}*".upper()
+    first = str(location[0])
     field = settings_class.model_fields.get(first)
     if field is None:
-        return first or settings_class.__name__
+        return first
     if isinstance(field.validation_alias, str):
         return field.validation_alias
     return f"{settings_class.model_config['env_prefix']}{first}".upper()

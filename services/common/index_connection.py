@@ -18,6 +18,19 @@ CONNECT_TIMEOUT_SECONDS = 2.0
 HEALTH_CHECK_SECONDS = 15
 RETRY_AFTER_SECONDS = 1.0
 
+# Answers of a server that works, but not for us or not now. All others are mistakes in our commands.
+_REFUSALS = (
+    "NOREPLICAS",
+    "MISCONF",
+    "CLUSTERDOWN",
+    "MASTERDOWN",
+    "TRYAGAIN",
+    "MOVED",
+    "ASK",
+    "NOPERM",
+    "BUSY",
+)
+
 
 def open_index(url: SecretStr, *, blocking: bool = False) -> Redis:
     """Return a client for the index; it connects at its first command and answers in bytes.
@@ -60,6 +73,13 @@ def index_errors() -> Iterator[None]:
             "store_unavailable",
             f"the index does not answer ({type(error).__name__})",
             retry_after_seconds=RETRY_AFTER_SECONDS,
+        ) from error
+    except exceptions.ResponseError as error:
+        answer = str(error).partition(" ")[0]
+        if answer not in _REFUSALS:
+            raise
+        raise Unavailable(
+            "store_unavailable", f"the index answers {answer}", retry_after_seconds=RETRY_AFTER_SECONDS
         ) from error
 
 

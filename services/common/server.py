@@ -16,13 +16,13 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from services.common import logs
+from services.common import logs, metrics
 from services.common.config import Address, ServiceSettings
 from services.common.errors import FailedPrecondition, LorafleetError
 from services.common.readiness import PROBE_INTERVAL_SECONDS, Probe, Readiness
 from services.common.rpc import CallInterceptor, DrainLayer, standard_layers
 from services.common.telemetry import Telemetry
-from services.common.transport import MESSAGE_LIMIT_BYTES, METADATA_LIMIT_BYTES
+from services.common.transport import KEEPALIVE, KeepAlive, server_options
 
 _logger = logging.getLogger("lorafleet.server")
 
@@ -33,17 +33,7 @@ EXIT_FAILED = 1
 
 Hook = Callable[[], Awaitable[None]]
 
-_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
-    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
-    ("grpc.max_metadata_size", METADATA_LIMIT_BYTES),
-    ("grpc.absolute_max_metadata_size", METADATA_LIMIT_BYTES),
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    # Our channels ping every 30 s; the default would end their connections for pinging too often.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
-)
+_info = metrics.up_down_counter("lorafleet.server.info")
 
 
 class ServiceHost:
@@ -52,12 +42,15 @@ class ServiceHost:
     Tests start one directly; `serve` adds signals, logs and telemetry.
     """
 
-    def __init__(self, settings: ServiceSettings, services: Sequence[str]) -> None:
+    def __init__(
+        self, settings: ServiceSettings, services: Sequence[str], *, keepalive: KeepAlive = KEEPALIVE
+    ) -> None:
         """Build the server; nothing listens yet.
 
         Args:
             settings: where to listen and for how long calls may run.
             services: full names (`lorafleet.registry.v1.Registry`) for health and reflection.
+            keepalive: how clients that vanished are found.
 
         Raises:
             FailedPrecondition: `insecure_bind`, where others could reach a server that trusts its callers.
@@ -79,7 +72,7 @@ class ServiceHost:
                     )
                 )
             ],
-            options=_OPTIONS,
+            options=server_options(keepalive),
         )
 
     def on_drain(self, hook: Hook) -> None:
@@ -106,14 +99,20 @@ class ServiceHost:
         """Listen and return the bound address.
 
         Raises:
+            FailedPrecondition: the TLS files cannot be used.
             RuntimeError: the address cannot be bound.
         """
+        tls, wanted = self._settings.server_tls, self._settings.address
+        credentials = None if tls is None else tls.credentials()
         health_pb2_grpc.add_HealthServicer_to_server(self._readiness.servicer, self.server)
         _add_reflection(self.server, self._services)
         await self._readiness.publish()
-        wanted = self._settings.address
-        port = self.server.add_insecure_port(str(wanted))
+        if credentials is None:
+            port = self.server.add_insecure_port(str(wanted))
+        else:
+            port = self.server.add_secure_port(str(wanted), credentials)
         await self.server.start()
+        _info.add(1, {"security": security(self._settings), "insecure_bind": self._settings.insecure_bind})
         return Address(wanted.host, port)
 
     async def stop(self, grace_seconds: float | None = None) -> None:
@@ -150,8 +149,12 @@ async def serve(
         services: full names of the gRPC services.
     """
     logs.configure(service_name, settings.log_level)
-    telemetry = Telemetry(service_name, settings.otlp_endpoint)
     stop_asked = _stop_on_signals()
+    try:
+        telemetry = start_telemetry(service_name, settings)
+    except (LorafleetError, OSError) as error:
+        _logger.error("cannot start", extra={"detail": str(error)})
+        return EXIT_FAILED
     try:
         host = ServiceHost(settings, services)
         await register(host)
@@ -160,7 +163,16 @@ async def serve(
         _logger.error("cannot start", extra={"detail": str(error)})
         await asyncio.to_thread(telemetry.shutdown)
         return EXIT_FAILED
-    _logger.info("listening", extra={"address": str(address), "pid": os.getpid()})
+    _logger.info(
+        "listening",
+        extra={
+            "address": str(address),
+            "pid": os.getpid(),
+            "security": security(settings),
+            "insecure_bind": settings.insecure_bind,
+            "metrics_address": telemetry.metrics_address and str(telemetry.metrics_address),
+        },
+    )
     _publish_address(settings, address)
     signal_name = await stop_asked
     _logger.info("draining", extra={"signal": signal_name, "grace_seconds": settings.grace_seconds})
@@ -184,16 +196,42 @@ def _stop_on_signals() -> asyncio.Future[str]:
     return stop_asked
 
 
+def security(settings: ServiceSettings) -> str:
+    """Return how callers connect to a gRPC server with these settings: `plaintext`, `tls` or `mutual_tls`."""
+    tls = settings.server_tls
+    if tls is None:
+        return "plaintext"
+    return "tls" if tls.client_ca_file is None else "mutual_tls"
+
+
+def start_telemetry(service_name: str, settings: ServiceSettings) -> Telemetry:
+    """Start the traces and metrics of a process.
+
+    Raises:
+        FailedPrecondition: `insecure_bind`, where others could read the metrics.
+        OSError: the metrics address cannot be bound.
+    """
+    address = settings.metrics_address
+    if address is not None and not address.is_loopback and not settings.insecure_bind:
+        raise _refused_bind(settings, "metrics_listen", address, "metrics are shown to whoever asks")
+    return Telemetry(service_name, settings.otlp_endpoint, address)
+
+
 def _check_bind(settings: ServiceSettings) -> None:
-    if settings.address.is_loopback or settings.insecure_bind:
+    if settings.address.is_loopback or settings.insecure_bind or security(settings) == "mutual_tls":
         return
+    trust = "this server trusts whoever calls it; use mutual TLS (TLS_CLIENT_CA_FILE)"
+    raise _refused_bind(settings, "listen", settings.address, trust)
+
+
+def _refused_bind(settings: ServiceSettings, field: str, address: Address, why: str) -> FailedPrecondition:
     prefix = settings.model_config["env_prefix"]
-    raise FailedPrecondition(
+    return FailedPrecondition(
         "insecure_bind",
-        f"{settings.listen} can be reached from other machines, and this server trusts whoever calls it; "
-        f"listen on a loopback address, or set {prefix}INSECURE_BIND=true inside a closed network",
-        field="listen",
-        value=settings.listen,
+        f"{address} can be reached from other machines, and {why}; listen on a loopback address, or set "
+        f"{prefix}INSECURE_BIND=true inside a closed network",
+        field=field,
+        value=str(address),
     )
 
 
@@ -227,4 +265,4 @@ async def _run_logged(hook: Hook) -> None:
         _logger.exception("a hook failed")
 
 
-__all__ = ["EXIT_FAILED", "EXIT_OK", "ServiceHost", "serve"]
+__all__ = ["EXIT_FAILED", "EXIT_OK", "ServiceHost", "security", "serve", "start_telemetry"]

@@ -1,4 +1,6 @@
-"""OpenTelemetry traces: W3C trace context in gRPC metadata, spans exported by OTLP where an endpoint is set.
+"""OpenTelemetry traces and metrics of a process, and the W3C trace context in gRPC metadata.
+
+Both are exported by OTLP where an endpoint is set; metrics can be had from a Prometheus port as well.
 
 The instrumentation package for gRPC is not used: its server side breaks coroutine methods that answer by
 `context.write` (the stock health `Watch`), and its client side replaces a stream's call by a generator, which
@@ -9,35 +11,69 @@ loses `cancel()`. The server layer is in `services.common.rpc.tracing`, the clie
 from __future__ import annotations
 
 from collections.abc import Iterable
+from wsgiref.simple_server import WSGIServer
 
 import grpc
-from opentelemetry import propagate, trace
+from opentelemetry import metrics, propagate, trace
 from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, Status, StatusCode
+from prometheus_client import start_http_server
+
+from services.common.config import Address
 
 _INSTRUMENTATION = "lorafleet"
 
 
 class Telemetry:
-    """Owns the tracer provider of a process; `shutdown` sends what is left."""
+    """Owns the tracer and meter providers of a process; `shutdown` sends what is left."""
 
-    def __init__(self, service: str, endpoint: str | None) -> None:
-        """Start exporting to `endpoint` (`http://host:4317`), or do nothing where it is None."""
-        self._provider: TracerProvider | None = None
+    def __init__(self, service: str, endpoint: str | None, metrics_address: Address | None = None) -> None:
+        """Start exporting.
+
+        Args:
+            service: name of the service, e.g. `registry`.
+            endpoint: OTLP collector (`http://host:4317`) for traces and metrics, if there is one.
+            metrics_address: where to answer Prometheus; port 0 takes a free one; no port is opened when None.
+
+        Raises:
+            OSError: `metrics_address` cannot be bound.
+        """
+        self.metrics_address: Address | None = None
+        """Where Prometheus is answered, with the port that was bound."""
+        self._tracers: TracerProvider | None = None
+        self._meters: MeterProvider | None = None
+        self._prometheus: WSGIServer | None = None
+        resource = Resource.create({"service.name": f"lorafleet-{service}"})
+        readers: list[MetricReader] = []
+        if metrics_address is not None:
+            self._prometheus, _ = start_http_server(metrics_address.port, metrics_address.host)
+            self.metrics_address = Address(metrics_address.host, self._prometheus.server_port)
+            readers.append(PrometheusMetricReader())
         if endpoint is not None:
-            resource = Resource.create({"service.name": f"lorafleet-{service}"})
-            self._provider = TracerProvider(resource=resource)
-            self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
-            trace.set_tracer_provider(self._provider)
+            self._tracers = TracerProvider(resource=resource)
+            self._tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+            trace.set_tracer_provider(self._tracers)
+            readers.append(PeriodicExportingMetricReader(OTLPMetricExporter(endpoint=endpoint)))
+        if readers:
+            self._meters = MeterProvider(readers, resource=resource)
+            metrics.set_meter_provider(self._meters)
 
     def shutdown(self) -> None:
-        """Export the spans still held and stop; blocks for some seconds if the collector does not answer."""
-        if self._provider is not None:
-            self._provider.shutdown()
+        """Export what is still held and stop; blocks for some seconds if the collector does not answer."""
+        if self._prometheus is not None:
+            self._prometheus.shutdown()
+            self._prometheus.server_close()
+        for provider in (self._tracers, self._meters):
+            if provider is not None:
+                provider.shutdown()
 
 
 def tracer() -> trace.Tracer:

@@ -7,12 +7,12 @@ from typing import Annotated
 from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
-from services.common.config import ListenAddress, ServiceSettings, StoreSettings
+from services.common.config import ListenAddress, PeerSettings, ServiceSettings, StoreSettings
 
 KEY_CACHE_LIMIT_SECONDS = 60.0
 
 
-class GatewaySettings(StoreSettings, ServiceSettings):
+class GatewaySettings(StoreSettings, PeerSettings, ServiceSettings):
     """What the gateway reads at its start."""
 
     model_config = SettingsConfigDict(env_prefix="LORAFLEET_GATEWAY_")

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import Generator
 
 import uvicorn
@@ -14,8 +15,8 @@ import uvicorn
 from services.common import logs
 from services.common.config import Address
 from services.common.errors import FailedPrecondition, LorafleetError
+from services.common.server import start_telemetry
 from services.common.store import open_store
-from services.common.telemetry import Telemetry
 from services.gateway.app import create_app
 from services.gateway.config import GatewaySettings
 
@@ -57,8 +58,11 @@ class GatewayServer(uvicorn.Server):
 async def serve(settings: GatewaySettings) -> int:
     """Run the gateway until SIGTERM or SIGINT and return the exit code."""
     logs.configure("gateway", settings.log_level)
-    telemetry = Telemetry("gateway", settings.otlp_endpoint)
     try:
+        telemetry = start_telemetry("gateway", settings)
+        tls = settings.server_tls
+        if tls is not None:
+            tls.check()
         listener = bind(settings)
         app = create_app(settings, open_store(settings.store_url, **store_credentials(settings)))
     except (LorafleetError, OSError) as error:
@@ -74,6 +78,10 @@ async def serve(settings: GatewaySettings) -> int:
         proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=int(settings.grace_seconds),
+        ssl_certfile=settings.tls_cert_file,
+        ssl_keyfile=settings.tls_key_file,
+        ssl_ca_certs=settings.tls_client_ca_file and str(settings.tls_client_ca_file),
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca_file else ssl.CERT_NONE,
     )
     with contextlib.closing(listener):
         server = GatewayServer(config, settings, Address(*listener.getsockname()[:2]))
@@ -91,11 +99,12 @@ def bind(settings: GatewaySettings) -> socket.socket:
         OSError: the address cannot be bound.
     """
     address = settings.address
-    if not address.is_loopback and not settings.insecure_bind:
+    if not address.is_loopback and not settings.insecure_bind and settings.server_tls is None:
         raise FailedPrecondition(
             "insecure_bind",
             f"{address} can be reached from other machines, and keys travel in plain text; listen on "
-            "loopback behind a TLS proxy, or set LORAFLEET_GATEWAY_INSECURE_BIND=true in a closed network",
+            "loopback behind a TLS proxy, set LORAFLEET_GATEWAY_TLS_CERT_FILE and ..._TLS_KEY_FILE, or set "
+            "LORAFLEET_GATEWAY_INSECURE_BIND=true in a closed network",
             field="listen",
             value=str(address),
         )

@@ -49,15 +49,21 @@ class Upstream:
     """The stubs of the registry, the trainer and inference, over one channel each."""
 
     def __init__(self, settings: GatewaySettings) -> None:
-        seconds = settings.unary_timeout_seconds
+        seconds, tls = settings.unary_timeout_seconds, settings.peer_tls
         registry = open_channel(
-            settings.registry_target, idempotent_methods=_REGISTRY_READS, unary_timeout_seconds=seconds
+            settings.registry_target,
+            idempotent_methods=_REGISTRY_READS,
+            unary_timeout_seconds=seconds,
+            tls=tls,
         )
         trainer = open_channel(
-            settings.trainer_target, idempotent_methods=_TRAINER_READS, unary_timeout_seconds=seconds
+            settings.trainer_target, idempotent_methods=_TRAINER_READS, unary_timeout_seconds=seconds, tls=tls
         )
         inference = open_channel(
-            settings.inference_target, idempotent_methods=_INFERENCE_READS, unary_timeout_seconds=seconds
+            settings.inference_target,
+            idempotent_methods=_INFERENCE_READS,
+            unary_timeout_seconds=seconds,
+            tls=tls,
         )
         self.adapters = AdapterServiceStub(registry)
         self.bases = BaseModelServiceStub(registry)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import grpc
 
@@ -16,7 +15,8 @@ from lorafleet.registry.v1.adapter_pb2_grpc import AdapterServiceStub
 from services.common import status
 from services.common.errors import Code, DataLoss
 from services.common.rpc.tenant import TENANT_KEY
-from services.common.transport import MESSAGE_LIMIT_BYTES, METADATA_LIMIT_BYTES
+from services.common.tls import PeerTls
+from services.common.transport import channel_options
 from services.inference.resolver import adapter_unavailable
 from services.inference.sources import AdapterSource, AdapterSources, SourceFile
 
@@ -24,23 +24,20 @@ _ATTEMPTS_WITHOUT_PROGRESS = 4
 _FIRST_PAUSE_SECONDS = 0.1
 _RETRIED = frozenset({Code.UNAVAILABLE, Code.ABORTED, Code.UNKNOWN})
 _UNREACHABLE = _RETRIED | {Code.DEADLINE_EXCEEDED, Code.CANCELLED}
-_OPTIONS: tuple[tuple[str, Any], ...] = (
-    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
-    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
-    ("grpc.max_metadata_size", METADATA_LIMIT_BYTES),
-    ("grpc.absolute_max_metadata_size", METADATA_LIMIT_BYTES),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 5000),
-    ("grpc.use_local_subchannel_pool", 1),
-)
 
 
 class RegistryFetcher:
     """The engine's fetcher. Its calls are synchronous, on a channel of its own: loader threads block."""
 
-    def __init__(self, target: str, sources: AdapterSources, *, timeout_seconds: float) -> None:
+    def __init__(
+        self, target: str, sources: AdapterSources, *, timeout_seconds: float, tls: PeerTls | None = None
+    ) -> None:
         """Fetch from the registry at `HOST:PORT`, each version within `timeout_seconds`."""
-        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._channel = (
+            grpc.insecure_channel(target, options=channel_options())
+            if tls is None
+            else grpc.secure_channel(target, tls.credentials(), options=channel_options())
+        )
         self._adapters = AdapterServiceStub(self._channel)
         self._sources = sources
         self._timeout_seconds = timeout_seconds

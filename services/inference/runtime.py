@@ -56,7 +56,10 @@ def load(settings: InferenceSettings) -> LoadedBase:
     encoder = PromptEncoder.load(settings.base_path)
     sources = AdapterSources()
     fetcher = RegistryFetcher(
-        settings.registry_target, sources, timeout_seconds=settings.fetch_timeout_seconds
+        settings.registry_target,
+        sources,
+        timeout_seconds=settings.fetch_timeout_seconds,
+        tls=settings.peer_tls,
     )
     return LoadedBase(build_engine(settings, fetcher), encoder, fetcher, sources, record)
 

@@ -55,7 +55,9 @@ class InferenceService:
     async def _serve(self, host: ServiceHost) -> None:
         base = await asyncio.to_thread(load, self._settings)
         async with open_channel(
-            self._settings.registry_target, idempotent_methods=IDEMPOTENT_METHODS
+            self._settings.registry_target,
+            idempotent_methods=IDEMPOTENT_METHODS,
+            tls=self._settings.peer_tls,
         ) as registry:
             runtime = Runtime(self._settings, base, registry)
             runtime.start()

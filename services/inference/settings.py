@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 from pydantic_settings import SettingsConfigDict
 
 from services.common import names
-from services.common.config import ListenAddress, ServiceSettings
+from services.common.config import ListenAddress, PeerSettings, ServiceSettings
 from services.common.errors import InvalidArgument
 from services.inference.config import EngineConfig
 
@@ -20,7 +20,7 @@ def _checked_base_name(text: str) -> str:
         raise ValueError(error.message) from error
 
 
-class InferenceSettings(ServiceSettings, EngineConfig):
+class InferenceSettings(PeerSettings, ServiceSettings, EngineConfig):
     """What `python -m services.inference` reads; variables are `LORAFLEET_INFERENCE_<NAME>`."""
 
     model_config = SettingsConfigDict(env_prefix="LORAFLEET_INFERENCE_")

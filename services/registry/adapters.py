@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncGenerator
 
 from services.common import names
+from services.common.adapter_format import AdapterSummary
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.registry.bases import Bases
 from services.registry.blobs import Blobs
@@ -15,33 +16,51 @@ from services.registry.config import RegistryLimits
 from services.registry.index import adapter_key, tenant_key
 from services.registry.lookup import Lookup, Version, adapter_not_found, version_not_found
 from services.registry.publishing import Incoming, Publication, format_facts, identity
-from services.registry.records import ALIAS_MOVES, AliasMove, StoredFile, VersionDeletion, VersionRecord
+from services.registry.records import (
+    ALIAS_MOVES,
+    AliasMove,
+    BaseRecord,
+    StoredFile,
+    VersionDeletion,
+    VersionRecord,
+)
 from services.registry.uninterrupted import in_thread
+from services.registry.usage import Usage
 
 
 class Adapters:
     """Makes, serves and retires the versions of all tenants; each call acts for one."""
 
     def __init__(
-        self, catalogue: Catalogue, lookup: Lookup, blobs: Blobs, bases: Bases, limits: RegistryLimits
+        self,
+        catalogue: Catalogue,
+        lookup: Lookup,
+        blobs: Blobs,
+        bases: Bases,
+        usage: Usage,
+        limits: RegistryLimits,
     ) -> None:
         self._catalogue = catalogue
         self._lookup = lookup
         self._blobs = blobs
         self._bases = bases
+        self._usage = usage
         self._limits = limits
 
     async def published(self, tenant: str, publication: Publication) -> Version | None:
         """Return the version that this publication made before, None where it is new.
 
         Raises:
-            InvalidArgument, ResourceExhausted: as `Publication.check`.
+            InvalidArgument, ResourceExhausted: as `Publication.check`, and `quota_exceeded`.
             NotFound: `base_not_found`.
             FailedPrecondition: `idempotency_key_reused`, where its key made something else.
         """
         publication.check(self._limits.adapter)
         await self._bases.by_digest(publication.base_digest)
-        return await self._earlier(self._catalogue, tenant, publication)
+        earlier = await self._earlier(self._catalogue, tenant, publication)
+        if earlier is None:
+            await self._usage.check_room(None, tenant, publication.size_bytes)
+        return earlier
 
     async def publish(self, tenant: str, publication: Publication, incoming: Incoming) -> Version:
         """Check what came and make it the next version; it is durable, with its bytes, on return.
@@ -52,32 +71,10 @@ class Adapters:
         """
         base = await self._bases.by_digest(publication.base_digest)
         summary = await in_thread(incoming.check, base, self._limits.adapter)
-        for file in publication.files:
-            await self._blobs.keep(file.digest, incoming.uploads[file.name].path)
-        async with self._catalogue.mutation() as mutation:
-            earlier = await self._earlier(mutation, tenant, publication)
-            if earlier is not None:
-                return earlier
-            [highest] = await mutation.query(
-                ("HGET", adapter_key(tenant, publication.adapter, "facts"), "highest_version")
-            )
-            record = VersionRecord(
-                tenant=tenant,
-                adapter=publication.adapter,
-                version=int(highest or 0) + 1,
-                digest=identity(summary, base),
-                base_digest=base.fingerprint.digest,
-                base_model=base.name,
-                files=publication.files,
-                format=format_facts(summary),
-                card=publication.card,
-                warnings=summary.warnings,
-                create_time_ms=now_ms(),
-                idempotency_key=publication.idempotency_key,
-                content_digest=publication.content_digest,
-            )
-            await mutation.append(record)
-        return Version(record, None, ())
+        with self._blobs.in_use(file.digest for file in publication.files):
+            for file in publication.files:
+                await self._blobs.keep(file.digest, incoming.uploads[file.name].path)
+            return await self._record(tenant, publication, base, summary)
 
     async def download(
         self, version: Version, file_name: str, *, offset: int, length: int | None
@@ -123,6 +120,35 @@ class Adapters:
                     )
             for number in live:
                 await self._delete_version(mutation, tenant, adapter, int(number))
+
+    async def _record(
+        self, tenant: str, publication: Publication, base: BaseRecord, summary: AdapterSummary
+    ) -> Version:
+        async with self._catalogue.mutation() as mutation:
+            earlier = await self._earlier(mutation, tenant, publication)
+            if earlier is not None:
+                return earlier
+            await self._usage.check_room(mutation, tenant, publication.size_bytes)
+            [highest] = await mutation.query(
+                ("HGET", adapter_key(tenant, publication.adapter, "facts"), "highest_version")
+            )
+            record = VersionRecord(
+                tenant=tenant,
+                adapter=publication.adapter,
+                version=int(highest or 0) + 1,
+                digest=identity(summary, base),
+                base_digest=base.fingerprint.digest,
+                base_model=base.name,
+                files=publication.files,
+                format=format_facts(summary),
+                card=publication.card,
+                warnings=summary.warnings,
+                create_time_ms=now_ms(),
+                idempotency_key=publication.idempotency_key,
+                content_digest=publication.content_digest,
+            )
+            await mutation.append(record)
+        return Version(record, None, ())
 
     async def _earlier(
         self, source: Catalogue | Mutation, tenant: str, publication: Publication

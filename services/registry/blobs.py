@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncGenerator, Generator
+from collections import Counter
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from services.common.errors import DataLoss, OutOfRange, ResourceExhausted
-from services.common.store import ObjectExistsError, ObjectNotFoundError, ObjectStore
+from services.common.failpoints import failpoint
+from services.common.store import ObjectNotFoundError, ObjectStore
 from services.registry.keys import blob_key
 from services.registry.uninterrupted import in_thread
 
@@ -22,7 +24,8 @@ class Upload:
         self._max_bytes = max_bytes
         self._field = field
         self._hash = hashlib.sha256()
-        self._file: BinaryIO = path.open("xb")
+        # Unbuffered: chunks are large, and a full disk is then met in `write`, never in `close`.
+        self._file = path.open("xb", buffering=0)
 
     @property
     def digest(self) -> str:
@@ -33,7 +36,9 @@ class Upload:
         """Append `data`; beyond the limit nothing is kept. Raises `ResourceExhausted` (`too_large`)."""
         if self.size_bytes + len(data) > self._max_bytes:
             raise too_large(self._field, self.size_bytes + len(data), self._max_bytes)
-        self._file.write(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
         self._hash.update(data)
         self.size_bytes += len(data)
 
@@ -41,20 +46,47 @@ class Upload:
         """Close the file, which stays where it is."""
         self._file.close()
 
-    def finish(self) -> None:
-        """Hand everything to the operating system, so that `path` can be read."""
-        self._file.flush()
-
 
 class Blobs:
     """The blobs of the object store."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
+        self._in_use: Counter[str] = Counter()
+        self._used_since_sweep: set[str] | None = None
 
     async def keep(self, digest: str, path: Path) -> None:
-        """Store the bytes of `path`, whose digest is `digest`; durable on return, equal bytes kept once."""
-        await in_thread(self._keep, digest, path)
+        """Store the bytes of `path`, whose digest is `digest`; durable on return, equal bytes kept once.
+
+        Bytes that are there already are written again: that heals a damaged copy, and costs what reading it
+        would. The file at `path` is given away.
+        """
+        failpoint("blob.before_put")
+        await in_thread(self._store.move_file, blob_key(digest), path)
+        failpoint("blob.after_put")
+
+    @contextmanager
+    def in_use(self, digests: Iterable[str]) -> Iterator[None]:
+        """Keep garbage collection away from blobs that a record under way is going to name."""
+        held = list(digests)
+        self._in_use.update(held)
+        if self._used_since_sweep is not None:
+            self._used_since_sweep.update(held)
+        try:
+            yield
+        finally:
+            self._in_use.subtract(held)
+
+    @contextmanager
+    def sweeping(self) -> Iterator[set[str]]:
+        """Yield the digests that are in use or come into use until the end: a set that grows."""
+        used = {digest for digest, count in self._in_use.items() if count > 0}
+        self._used_since_sweep = used
+        try:
+            yield used
+        finally:
+            self._used_since_sweep = None
+            self._in_use += Counter()
 
     async def stream(
         self, digest: str, *, size_bytes: int, offset: int, length: int | None
@@ -81,21 +113,6 @@ class Blobs:
                 yield piece
         finally:
             await in_thread(pieces.close)
-
-    def _keep(self, digest: str, path: Path) -> None:
-        key = blob_key(digest)
-        try:
-            self._store.put_file(key, path, if_absent=True)
-        except ObjectExistsError:
-            # A damaged copy is worth less than the good bytes at hand.
-            if not self._is_intact(key, digest):
-                self._store.put_file(key, path)
-
-    def _is_intact(self, key: str, digest: str) -> bool:
-        found = hashlib.sha256()
-        for chunk in self._store.stream(key):
-            found.update(chunk)
-        return "sha256:" + found.hexdigest() == digest
 
     def _checked_pieces(
         self, digest: str, size_bytes: int, offset: int, end: int

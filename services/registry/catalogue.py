@@ -1,49 +1,77 @@
 """The journal and the index together: reads that survive a lost index, writes that are durable first.
 
-One registry runs per fleet, and it is the only writer. It knows how many records there are, so an index that
-was emptied, rolled back or half filled is noticed at the next read, and rebuilt before that read is answered.
+One registry process at a time serves a store (`services.registry.writer`), so it knows how many records there
+are: an index that was emptied, rolled back or half filled is noticed at the next read, and rebuilt before
+that read is answered.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from services.common.errors import Unavailable
+from services.common.failpoints import failpoint
 from services.common.store import ObjectStore
 from services.registry.index import Command, Index, highest_version_command
 from services.registry.journal import Journal
-from services.registry.records import Record
+from services.registry.records import (
+    AliasMove,
+    BaseRecord,
+    Event,
+    FileDeletion,
+    FileRecord,
+    Record,
+    VersionDeletion,
+    VersionRecord,
+)
 from services.registry.uninterrupted import to_the_end
+from services.registry.writer import Writer
 
 _logger = logging.getLogger("lorafleet.registry")
 
 _ATTEMPTS = 3
 
+# What the failpoints around the writing of each record are called by.
+_PLACES: dict[type[Record], str] = {
+    BaseRecord: "base",
+    VersionRecord: "publish",
+    VersionDeletion: "delete",
+    AliasMove: "alias",
+    FileRecord: "file",
+    FileDeletion: "file_delete",
+}
+
 
 class Catalogue:
     """What is registered. `query` reads; `mutation` reads and appends, one at a time."""
 
-    def __init__(self, store: ObjectStore, index: Index) -> None:
+    def __init__(self, store: ObjectStore, index: Index, writer: Writer) -> None:
         self._journal = Journal(store)
         self._index = index
+        self._writer = writer
+        self._epoch: int | None = None
+        self._changed = asyncio.Event()
         self._lock = asyncio.Lock()
         self._num_records: int | None = None
 
     async def rebuild(self) -> int:
         """Rebuild the index from the store; return the number of records."""
         async with self._lock:
+            await self._hold()
             return await self._rebuild_locked()
 
     async def query(self, *commands: Command) -> list[Any]:
         """Run reads as one transaction on an index that holds every record.
 
         Raises:
-            Unavailable: store or index cannot be reached.
+            Unavailable: store or index cannot be reached, or another process serves this store.
         """
+        await self._hold()
         held, answers = await self._index.query(commands)
         if self._is_current(held):
             return answers
@@ -55,11 +83,38 @@ class Catalogue:
     async def mutation(self) -> AsyncIterator[Mutation]:
         """Hold the registry for reads and writes that belong together."""
         async with self._lock:
+            await self._hold()
             yield Mutation(self)
 
+    async def position(self) -> int:
+        """Return the sequence of the last record."""
+        await self.query()
+        async with self._lock:
+            if self._num_records is None:
+                await self._check_locked()
+            assert self._num_records is not None
+            return self._num_records
+
+    def next_change(self) -> asyncio.Event:
+        """The event that is set when the next record was added. Ask for it before reading."""
+        return self._changed
+
     async def close(self) -> None:
-        """Close the index's connections."""
-        await self._index.close()
+        """Let the next process write, and close the index's connections."""
+        try:
+            await self._writer.release()
+        finally:
+            await self._index.close()
+
+    async def _hold(self) -> None:
+        epoch = await self._writer.hold()
+        if epoch != self._epoch:
+            # Another process may have written in between.
+            self._epoch, self._num_records = epoch, None
+
+    def _tell_watchers(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _is_current(self, held: int | None) -> bool:
         return self._num_records is not None and held == self._num_records
@@ -77,16 +132,29 @@ class Catalogue:
         raise _unstable()
 
     async def _append_locked(self, record: Record) -> None:
+        await self._hold()
         if self._num_records is None:
             await self._check_locked()
+        assert self._num_records is not None
+        record = self._marked(record, self._num_records + 1)
+        place = _PLACES[type(record)]
+        failpoint(f"{place}.before_record")
         before, self._num_records = self._num_records, None
         # While the number is unknown a failure on the way makes the next read compare store and index.
         await asyncio.to_thread(self._journal.append, record)
-        assert before is not None
-        if await self._index.commit(record, num_records_before=before):
+        failpoint(f"{place}.after_record")
+        if await self._index.commit(record, num_records_before=before, writer=self._writer.token):
             self._num_records = before + 1
         else:
             await self._rebuild_locked()
+        failpoint(f"{place}.after_index")
+        self._tell_watchers()
+
+    def _marked(self, record: Record, sequence: int) -> Record:
+        assert self._epoch is not None
+        if isinstance(record, Event):
+            return dataclasses.replace(record, sequence=sequence, epoch=self._epoch)
+        return record
 
     async def _check_locked(self) -> None:
         num_records = await asyncio.to_thread(self._journal.count)
@@ -98,7 +166,7 @@ class Catalogue:
     async def _rebuild_locked(self) -> int:
         self._num_records = None
         for _ in range(_ATTEMPTS):
-            snapshot = await asyncio.to_thread(self._journal.snapshot)
+            snapshot = await asyncio.to_thread(self._journal.snapshot, repair=True)
             numbers = [
                 highest_version_command(tenant, adapter, version)
                 for (tenant, adapter), version in snapshot.highest_versions.items()
@@ -106,6 +174,7 @@ class Catalogue:
             if await self._index.replace(snapshot.records, extra=numbers, num_records=snapshot.num_keys):
                 self._num_records = snapshot.num_keys
                 _logger.info("index rebuilt", extra={"records": snapshot.num_keys})
+                self._tell_watchers()
                 return snapshot.num_keys
         raise _unstable()
 

@@ -12,6 +12,8 @@ from services.common.adapter_format import DEFAULT_LIMITS, AdapterLimits
 from services.common.adapter_format.limits import MIB
 from services.common.config import IndexSettings, ServiceSettings, StoreSettings
 
+MAX_LEASE_SECONDS = 3600
+
 
 class RegistrySettings(IndexSettings, StoreSettings, ServiceSettings):
     """Settings of the registry process."""
@@ -30,8 +32,24 @@ class RegistrySettings(IndexSettings, StoreSettings, ServiceSettings):
     max_file_bytes: int = Field(default=512 * MIB, ge=1)
     """Largest uploaded file."""
 
+    quota_bytes: int = Field(default=0, ge=0)
+    """Most that one tenant may keep, adapters and files together; 0 means no quota."""
+
+    upload_seconds: float = Field(default=3600.0, gt=0, le=86400)
+    """How long a resumable upload may stay open."""
+
+    max_open_uploads: int = Field(default=64, ge=1, le=1000)
+    """Resumable uploads that one tenant may have open at once."""
+
+    gc_interval_seconds: float = Field(default=6 * 3600.0, gt=0)
+    """Pause between two rounds of garbage collection."""
+
+    gc_grace_seconds: float = Field(default=24 * 3600.0, ge=MAX_LEASE_SECONDS)
+    """How long bytes stay that nothing names any more; at least as long as the longest lease."""
+
     scratch_dir: Path | None = None
-    """Folder for uploads under way; the system's temporary folder when unset."""
+    """Folder for bytes on their way in; beside a store that is a directory, else the system's temporary one,
+    when unset."""
 
     def limits(self) -> RegistryLimits:
         """The limits among these settings."""
@@ -40,7 +58,12 @@ class RegistrySettings(IndexSettings, StoreSettings, ServiceSettings):
             max_weights_bytes=self.max_weights_bytes,
             max_delta_norm=self.max_delta_norm,
         )
-        return RegistryLimits(adapter=adapter, max_file_bytes=self.max_file_bytes)
+        return RegistryLimits(
+            adapter=adapter,
+            max_file_bytes=self.max_file_bytes,
+            upload_seconds=self.upload_seconds,
+            max_open_uploads=self.max_open_uploads,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +74,12 @@ class RegistryLimits:
         adapter: limits of the adapter format.
         max_file_bytes: size of one file.
         max_linear_layers: layers that a base may list.
+        upload_seconds: how long a resumable upload may stay open.
+        max_open_uploads: resumable uploads of one tenant at once.
     """
 
     adapter: AdapterLimits = DEFAULT_LIMITS
     max_file_bytes: int = 512 * MIB
     max_linear_layers: int = 65_536
+    upload_seconds: float = 3600.0
+    max_open_uploads: int = 64

@@ -10,7 +10,9 @@ from lorafleet.registry.v1 import adapter_pb2, base_model_pb2, file_pb2
 from services.common import names
 from services.common.errors import InvalidArgument
 from services.common.fingerprint import BaseFingerprint, ComputeDtype, Quantization, QuantizationType
+from services.registry.events import EventKind
 from services.registry.files import checked_filename, checked_optional_digest
+from services.registry.leases import HeldLease
 from services.registry.lookup import AdapterOverview, Version
 from services.registry.publishing import Publication
 from services.registry.records import (
@@ -23,6 +25,9 @@ from services.registry.records import (
     LinearLayer,
     StoredFile,
 )
+from services.registry.uploads import UploadSession
+from services.registry.usage import UsageCounts
+from services.registry.watching import WatchedEvent
 
 _QUANTIZATION = {
     base_model_pb2.QUANTIZATION_TYPE_NONE: QuantizationType.NONE,
@@ -40,6 +45,12 @@ _KIND_BACK = {
     "lora+bias": adapter_pb2.DELTA_KIND_LORA_BIAS,
     "lora+scale": adapter_pb2.DELTA_KIND_LORA_SCALE,
     "head": adapter_pb2.DELTA_KIND_HEAD,
+}
+_EVENT_BACK = {
+    EventKind.VERSION_READY: adapter_pb2.ADAPTER_EVENT_TYPE_VERSION_READY,
+    EventKind.VERSION_DELETED: adapter_pb2.ADAPTER_EVENT_TYPE_VERSION_DELETED,
+    EventKind.ALIAS_MOVED: adapter_pb2.ADAPTER_EVENT_TYPE_ALIAS_MOVED,
+    EventKind.ALIAS_DELETED: adapter_pb2.ADAPTER_EVENT_TYPE_ALIAS_DELETED,
 }
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -164,6 +175,47 @@ def alias_to_message(move: AliasMove) -> adapter_pb2.Alias:
         digest=move.digest,
         generation=move.generation,
         update_time=_timestamp(move.time_ms),
+    )
+
+
+def event_to_message(event: WatchedEvent, resume_token: str) -> adapter_pb2.AdapterEvent:
+    """Write an event."""
+    move = event.row.move
+    return adapter_pb2.AdapterEvent(
+        type=_EVENT_BACK[event.row.kind],
+        version=None if event.version is None else version_to_message(event.version),
+        alias=None if move is None else alias_to_message(move),
+        resume_token=resume_token,
+        time=_timestamp(event.row.time_ms),
+    )
+
+
+def lease_to_message(lease: HeldLease) -> adapter_pb2.Lease:
+    """Write a lease."""
+    return adapter_pb2.Lease(
+        digest=lease.digest, holder=lease.holder, expire_time=_timestamp(lease.expire_time_ms)
+    )
+
+
+def usage_to_message(usage: UsageCounts) -> adapter_pb2.Usage:
+    """Write what a tenant keeps."""
+    return adapter_pb2.Usage(
+        adapter_bytes=usage.adapter_bytes,
+        file_bytes=usage.file_bytes,
+        num_adapters=usage.num_adapters,
+        num_versions=usage.num_versions,
+        num_files=usage.num_files,
+        quota_bytes=usage.quota_bytes,
+    )
+
+
+def upload_to_message(session: UploadSession, committed_bytes: int) -> file_pb2.Upload:
+    """Write the state of an upload."""
+    return file_pb2.Upload(
+        id=session.id,
+        committed_bytes=committed_bytes,
+        size_bytes=session.size_bytes,
+        expire_time=_timestamp(session.expire_time_ms),
     )
 
 

@@ -9,6 +9,7 @@ from services.registry.catalogue import Catalogue
 from services.registry.clock import now_ms
 from services.registry.index import tenant_key
 from services.registry.records import FILES, FileDeletion, FilePurpose, FileRecord
+from services.registry.usage import Usage
 
 MAX_FILENAME_CHARS = 255
 ID_PREFIX = "file"
@@ -17,34 +18,49 @@ ID_PREFIX = "file"
 class Files:
     """The files of all tenants; each call acts for one."""
 
-    def __init__(self, catalogue: Catalogue, blobs: Blobs) -> None:
+    def __init__(self, catalogue: Catalogue, blobs: Blobs, usage: Usage) -> None:
         self._catalogue = catalogue
         self._blobs = blobs
+        self._usage = usage
 
     async def create(
-        self, tenant: str, filename: str, purpose: FilePurpose, upload: Upload, *, declared_digest: str
+        self,
+        tenant: str,
+        filename: str,
+        purpose: FilePurpose,
+        upload: Upload,
+        *,
+        declared_digest: str,
+        file_id: str | None = None,
     ) -> FileRecord:
-        """Keep what was uploaded as a file.
+        """Keep what was uploaded as a file; one that has `file_id` already is returned as it is.
 
         Raises:
             InvalidArgument: `empty_file` or `digest_mismatch`.
+            ResourceExhausted: `quota_exceeded`.
         """
         if upload.size_bytes == 0:
             raise InvalidArgument("empty_file", "The file holds no bytes.", field="data")
         if declared_digest and declared_digest != upload.digest:
             raise digest_mismatch("header.digest", declared_digest, upload.digest)
-        await self._blobs.keep(upload.digest, upload.path)
+        await self._usage.check_room(None, tenant, upload.size_bytes)
         record = FileRecord(
             tenant=tenant,
-            id=ids.new_id(ID_PREFIX),
+            id=file_id or ids.new_id(ID_PREFIX),
             filename=filename,
             purpose=purpose,
             size_bytes=upload.size_bytes,
             digest=upload.digest,
             create_time_ms=now_ms(),
         )
-        async with self._catalogue.mutation() as mutation:
-            await mutation.append(record)
+        with self._blobs.in_use([upload.digest]):
+            await self._blobs.keep(upload.digest, upload.path)
+            async with self._catalogue.mutation() as mutation:
+                [found] = await mutation.query(("HGET", tenant_key(tenant, "files"), record.id))
+                if found is not None:
+                    return FILES.decode(found)
+                await self._usage.check_room(mutation, tenant, record.size_bytes)
+                await mutation.append(record)
         return record
 
     async def get(self, tenant: str, file_id: str) -> FileRecord:

@@ -2,7 +2,7 @@
 
 Layout, with `<a>` for `t:<tenant>:a:<adapter>`:
 
-    registry:state                      hash: records = how many records the index holds
+    registry:state:2                    hash: records = how many records the index holds; 2 is this layout
     registry:bases                      hash: name -> record
     registry:base_digests               hash: fingerprint digest -> name of the first base with it
     registry:t:<tenant>:adapters        sorted set of names, in the order of letters
@@ -14,8 +14,11 @@ Layout, with `<a>` for `t:<tenant>:a:<adapter>`:
     registry:<a>:aliases                hash: alias -> its last move, which may be a deletion
     registry:<a>:moves:<alias>          sorted set of moves by generation
     registry:t:<tenant>:publishes       hash: idempotency key -> adapter, number and content digest
+    registry:t:<tenant>:digests         hash: version digest -> the newest [adapter, number] with it
+    registry:t:<tenant>:version_bytes   hash: [adapter, number] -> size of its files, unless deleted
+    registry:t:<tenant>:events          sorted set of what can be watched, by sequence
     registry:t:<tenant>:files           hash: id -> record
-    registry:t:<tenant>:file_ids        sorted set of ids; they sort by time
+    registry:t:<tenant>:file_bytes      hash: id -> size
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ from typing import Any
 
 from redis.asyncio import Redis
 
+from services.common.errors import Unavailable
 from services.common.index_connection import index_errors
+from services.registry.events import EVENTS, EventRow
 from services.registry.records import (
     ALIAS_MOVES,
     BASES,
@@ -35,15 +40,17 @@ from services.registry.records import (
     VERSIONS,
     AliasMove,
     BaseRecord,
+    Event,
     FileDeletion,
     FileRecord,
     Record,
     VersionDeletion,
     VersionRecord,
 )
+from services.registry.writer import LEASE_KEY
 
 PREFIX = "registry:"
-STATE = PREFIX + "state"
+STATE = PREFIX + "state:2"
 _REBUILD = PREFIX + "rebuild"
 _BATCH = 500
 
@@ -52,6 +59,8 @@ Command = tuple[str | int | bytes, ...]
 # A commit into an index that was emptied in between must not make it look alive.
 _COMMIT = """
 if redis.call('HGET', KEYS[1], 'records') ~= ARGV[1] then return 0 end
+local writer = redis.call('GET', KEYS[2])
+if writer and writer ~= ARGV[3] then return -1 end
 for _, command in ipairs(cjson.decode(ARGV[2])) do redis.call(unpack(command)) end
 redis.call('HINCRBY', KEYS[1], 'records', 1)
 return 1
@@ -86,11 +95,19 @@ class Index:
                 state, *answers = await pipeline.execute()
         return (None if state is None else int(state)), answers
 
-    async def commit(self, record: Record, *, num_records_before: int) -> bool:
-        """Add one record; return False, with nothing done, where the index holds another number of them."""
+    async def commit(self, record: Record, *, num_records_before: int, writer: str) -> bool:
+        """Add one record; return False, with nothing done, where the index holds another number of them.
+
+        Raises:
+            Unavailable: `not_the_writer`, where another process than `writer` has the lease by now.
+        """
         commands = json.dumps([[_text(part) for part in command] for command in commands_for(record)])
         with index_errors():
-            done = await self._redis.eval(_COMMIT, 1, STATE, str(num_records_before), commands)
+            done = await self._redis.eval(
+                _COMMIT, 2, STATE, LEASE_KEY, str(num_records_before), commands, writer
+            )
+        if done == -1:
+            raise Unavailable("not_the_writer", "Another registry process has taken over meanwhile.")
         return bool(done)
 
     async def replace(self, records: Iterable[Record], *, extra: Iterable[Command], num_records: int) -> bool:
@@ -148,22 +165,37 @@ def commands_for(record: Record) -> Iterator[Command]:
             yield ("ZREM", adapter_key(record.tenant, record.adapter, "live"), number)
             deletions = adapter_key(record.tenant, record.adapter, "deletions")
             yield ("HSETNX", deletions, number, record.delete_time_ms)
+            sizes = tenant_key(record.tenant, "version_bytes")
+            yield ("HDEL", sizes, version_field(record.adapter, number))
+            yield from _event_commands(record)
         case AliasMove():
             move = ALIAS_MOVES.encode(record)
             yield ("HSET", adapter_key(record.tenant, record.adapter, "aliases"), record.alias, move)
             moves = adapter_key(record.tenant, record.adapter, f"moves:{record.alias}")
             yield ("ZADD", moves, record.generation, move)
+            yield from _event_commands(record)
         case FileRecord():
             yield ("HSET", tenant_key(record.tenant, "files"), record.id, FILES.encode(record))
-            yield ("ZADD", tenant_key(record.tenant, "file_ids"), 0, record.id)
+            yield ("HSET", tenant_key(record.tenant, "file_bytes"), record.id, record.size_bytes)
         case FileDeletion():
             yield ("HDEL", tenant_key(record.tenant, "files"), record.id)
-            yield ("ZREM", tenant_key(record.tenant, "file_ids"), record.id)
+            yield ("HDEL", tenant_key(record.tenant, "file_bytes"), record.id)
 
 
 def highest_version_command(tenant: str, adapter: str, version: int) -> Command:
     """The write that keeps every number up to `version` from being given again."""
     return ("HSET", adapter_key(tenant, adapter, "facts"), "highest_version", version)
+
+
+def version_field(adapter: str, number: int) -> str:
+    """How a tenant's hashes name a version."""
+    return json.dumps([adapter, number])
+
+
+def _event_commands(record: Event) -> Iterator[Command]:
+    if record.sequence:
+        events = tenant_key(record.tenant, "events")
+        yield ("ZADD", events, record.sequence, EVENTS.encode(EventRow.of(record)))
 
 
 def _version_commands(record: VersionRecord) -> Iterator[Command]:
@@ -174,6 +206,10 @@ def _version_commands(record: VersionRecord) -> Iterator[Command]:
     yield ("HSET", adapter_key(tenant, adapter, "versions"), number, VERSIONS.encode(record))
     yield ("ZADD", adapter_key(tenant, adapter, "live"), number, number)
     yield ("HSET", adapter_key(tenant, adapter, "digests"), record.digest, number)
+    field = version_field(adapter, number)
+    yield ("HSET", tenant_key(tenant, "digests"), record.digest, field)
+    yield ("HSET", tenant_key(tenant, "version_bytes"), field, record.size_bytes)
+    yield from _event_commands(record)
     if record.idempotency_key:
         result = json.dumps({"adapter": adapter, "version": number, "content": record.content_digest})
         yield ("HSETNX", tenant_key(tenant, "publishes"), record.idempotency_key, result)

@@ -27,6 +27,7 @@ from services.registry.records import (
     VersionRecord,
 )
 
+BLOBS = "blobs/"
 RECORD_PREFIXES = ("bases/", "tenants/")
 
 _VERSION_KEY = re.compile(r"tenants/([^/]+)/adapters/([^/]+)/versions/([0-9]{9})-[^/]+")
@@ -43,7 +44,12 @@ _KINDS: tuple[tuple[re.Pattern[str], type[Record]], ...] = (
 def blob_key(digest: str) -> str:
     """The key of the blob with that digest (`sha256:<hex>`)."""
     hexadecimal = digest.removeprefix("sha256:")
-    return f"blobs/sha256/{hexadecimal[:2]}/{hexadecimal}"
+    return f"{BLOBS}sha256/{hexadecimal[:2]}/{hexadecimal}"
+
+
+def digest_of(key: str) -> str:
+    """The digest of the blob that lies under `key`."""
+    return "sha256:" + key.rpartition("/")[2]
 
 
 def record_key(record: Record) -> str:

@@ -77,6 +77,11 @@ class Publication:
         plain = _ADAPTER.dump_python(content, mode="json")
         return "sha256:" + hashlib.sha256(canonical_json(plain)).hexdigest()
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of both files, as announced."""
+        return sum(file.size_bytes for file in self.files)
+
     def file(self, name: str) -> StoredFile:
         """The announced file `name`."""
         return next(file for file in self.files if file.name == name)
@@ -132,7 +137,6 @@ class Incoming:
             InvalidArgument, ResourceExhausted: `digest_mismatch` and everything that `read_adapter` raises.
         """
         for name, upload in self.uploads.items():
-            upload.finish()
             announced = self._publication.file(name)
             if upload.digest != announced.digest or upload.size_bytes != announced.size_bytes:
                 raise digest_mismatch(f"header.files.{name}", announced.digest, upload.digest)
@@ -140,6 +144,7 @@ class Incoming:
             self.uploads[CONFIG_FILE].path.read_bytes(),
             self.uploads[WEIGHTS_FILE].path,
             base_modules=base.module_table(),
+            weights_digest=self.uploads[WEIGHTS_FILE].digest,
             limits=limits,
         )
 

@@ -1,6 +1,8 @@
 """What the registry writes down: one immutable record per event, as JSON objects in the store.
 
-Times are Unix milliseconds. Digests are `sha256:<hex>`.
+Times are Unix milliseconds. Digests are `sha256:<hex>`. What can be watched bears two numbers that the
+catalogue sets: `sequence`, the place of the event among all records ever written (0: written before events
+were kept), and `epoch`, which writer wrote it (`services.registry.writer`).
 """
 
 from __future__ import annotations
@@ -117,6 +119,13 @@ class VersionRecord:
     create_time_ms: int
     idempotency_key: str
     content_digest: str
+    sequence: int = 0
+    epoch: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of both files."""
+        return sum(file.size_bytes for file in self.files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +136,8 @@ class VersionDeletion:
     adapter: str
     version: int
     delete_time_ms: int
+    sequence: int = 0
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +151,8 @@ class AliasMove:
     version: int
     digest: str
     time_ms: int
+    sequence: int = 0
+    epoch: int = 0
 
     @property
     def is_deletion(self) -> bool:
@@ -176,6 +189,7 @@ class FileDeletion:
     delete_time_ms: int
 
 
+Event = VersionRecord | VersionDeletion | AliasMove
 Record = BaseRecord | VersionRecord | VersionDeletion | AliasMove | FileRecord | FileDeletion
 
 

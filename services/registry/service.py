@@ -6,18 +6,27 @@ import asyncio
 
 from lorafleet.registry.v1 import adapter_pb2_grpc, base_model_pb2_grpc, file_pb2_grpc
 from services.common.index_connection import open_index
-from services.common.server import ServiceHost
+from services.common.server import Hook, ServiceHost
 from services.common.store import ObjectStore, open_store
 from services.registry.adapters import Adapters
 from services.registry.aliases import Aliases
 from services.registry.bases import Bases
 from services.registry.blobs import Blobs
 from services.registry.catalogue import Catalogue
+from services.registry.collection import Collected, Collector
 from services.registry.config import RegistrySettings
 from services.registry.files import Files
 from services.registry.index import Index
+from services.registry.leases import Leases
 from services.registry.lookup import Lookup
+from services.registry.scratch import Scratch
 from services.registry.servicers import AdapterServicer, BaseModelServicer, FileServicer
+from services.registry.token_secret import TokenSource
+from services.registry.uploads import Uploads
+from services.registry.usage import Usage
+from services.registry.verification import Verification, verify
+from services.registry.watching import Watching
+from services.registry.writer import Writer
 
 SERVICES = (
     "lorafleet.registry.v1.BaseModelService",
@@ -31,31 +40,56 @@ class Registry:
 
     def __init__(self, settings: RegistrySettings) -> None:
         self._settings = settings
+        limits = settings.limits()
+        self._limits = limits
         self._store = _open_store(settings)
-        self._catalogue = Catalogue(self._store, Index(open_index(settings.redis_url)))
+        redis = open_index(settings.redis_url)
+        writer = Writer(self._store, redis)
+        self._catalogue = Catalogue(self._store, Index(redis), writer)
+        self._tokens = TokenSource(self._store, writer)
+        self._scratch = Scratch(settings.scratch_dir or self._store.scratch_dir)
+        self._blobs = Blobs(self._store)
+        self._bases = Bases(self._catalogue, limits)
+        self._lookup = Lookup(self._catalogue)
+        self._usage = Usage(self._catalogue, settings.quota_bytes)
+        self._files = Files(self._catalogue, self._blobs, self._usage)
+        self._uploads = Uploads(self._store, self._files, self._usage, limits, self._scratch)
+        self._leases = Leases(self._catalogue, self._lookup, redis)
+        self._collector = Collector(self._store, self._catalogue, self._blobs, self._leases, self._uploads)
         self._is_store_ready = False
 
     async def register(self, host: ServiceHost) -> None:
         """Add the servicers to `host`, which is ready while the store and the index can be used."""
-        limits = self._settings.limits()
-        blobs = Blobs(self._store)
-        bases = Bases(self._catalogue, limits)
-        lookup = Lookup(self._catalogue)
-        adapters = Adapters(self._catalogue, lookup, blobs, bases, limits)
-        files = Files(self._catalogue, blobs)
-        scratch_dir = self._settings.scratch_dir
-        aliases = Aliases(self._catalogue, lookup)
-        base_model_pb2_grpc.add_BaseModelServiceServicer_to_server(BaseModelServicer(bases), host.server)
+        adapters = Adapters(
+            self._catalogue, self._lookup, self._blobs, self._bases, self._usage, self._limits
+        )
+        watching = Watching(self._catalogue, self._lookup)
+        base_model_pb2_grpc.add_BaseModelServiceServicer_to_server(
+            BaseModelServicer(self._bases, self._tokens), host.server
+        )
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
-            # The calls of later versions are not overridden: they answer UNIMPLEMENTED.
-            AdapterServicer(lookup, adapters, aliases, scratch_dir),  # type: ignore[abstract]
+            AdapterServicer(
+                lookup=self._lookup,
+                adapters=adapters,
+                aliases=Aliases(self._catalogue, self._lookup),
+                watching=watching,
+                leases=self._leases,
+                usage=self._usage,
+                tokens=self._tokens,
+                scratch=self._scratch,
+            ),
             host.server,
         )
         file_pb2_grpc.add_FileServiceServicer_to_server(
-            FileServicer(files, blobs, limits, scratch_dir),  # type: ignore[abstract]
+            FileServicer(self._files, self._uploads, self._blobs, self._tokens, self._limits, self._scratch),
             host.server,
         )
+        collection = asyncio.create_task(
+            self._collector.collect_every(self._settings.gc_interval_seconds, self._settings.gc_grace_seconds)
+        )
+        host.on_drain(watching.drain)
         host.on_close(self.close)
+        host.on_close(_ended(collection))
         host.ready_when(self.probe)
         await host.ready()
 
@@ -75,10 +109,27 @@ class Registry:
         await asyncio.to_thread(self._store.ready)
         return await self._catalogue.rebuild()
 
+    async def collect(self, grace_seconds: float) -> Collected:
+        """Collect garbage once; see `Collector.collect`."""
+        await asyncio.to_thread(self._store.ready)
+        return await self._collector.collect(grace_seconds)
+
+    async def verify(self) -> Verification:
+        """Hash everything again; see `verify`."""
+        return await asyncio.to_thread(verify, self._store)
+
     async def close(self) -> None:
         """Close the connections to index and store."""
         await self._catalogue.close()
         await asyncio.to_thread(self._store.close)
+
+
+def _ended(task: asyncio.Task[None]) -> Hook:
+    async def end() -> None:
+        task.cancel()
+        await asyncio.wait([task])
+
+    return end
 
 
 def _open_store(settings: RegistrySettings) -> ObjectStore:

@@ -9,14 +9,12 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from services.common.config import IndexSettings, ListenAddress, ServiceSettings, StoreSettings
+from services.common.config import IndexSettings, ListenAddress, PeerSettings, ServiceSettings, StoreSettings
 from services.common.fingerprint import ComputeDtype, Quantization
 from services.common.store import ObjectStore, open_store
 
-# What bitsandbytes uses unless told otherwise; part of the base's fingerprint.
 
-
-class TrainerSettings(IndexSettings, StoreSettings, ServiceSettings):
+class TrainerSettings(IndexSettings, StoreSettings, PeerSettings, ServiceSettings):
     """What the service, its workers and their child processes read from the environment."""
 
     model_config = SettingsConfigDict(env_prefix="LORAFLEET_TRAINER_")

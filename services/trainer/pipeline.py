@@ -81,7 +81,7 @@ class Pipeline:
             Interrupted: the worker asked for an end.
             LorafleetError: the job has failed.
         """
-        registry = RegistryClient(self._settings.registry_target)
+        registry = RegistryClient(self._settings.registry_target, self._settings.peer_tls)
         try:
             data = await self._prepare(registry)
             model = await asyncio.to_thread(self._load_model)

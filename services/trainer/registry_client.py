@@ -16,6 +16,7 @@ from services.common.adapter_format import CONFIG_FILE, WEIGHTS_FILE
 from services.common.channels import open_channel
 from services.common.errors import DataLoss, ResourceExhausted
 from services.common.status import from_rpc_error
+from services.common.tls import PeerTls
 from services.trainer.bases import TrainableBase
 
 CHUNK_BYTES = 512 * 1024
@@ -30,8 +31,8 @@ _IDEMPOTENT = (
 class RegistryClient:
     """Calls the registry for the tenant of the present call scope; its errors come as ours."""
 
-    def __init__(self, target: str) -> None:
-        self._channel = open_channel(target, idempotent_methods=_IDEMPOTENT)
+    def __init__(self, target: str, tls: PeerTls | None = None) -> None:
+        self._channel = open_channel(target, idempotent_methods=_IDEMPOTENT, tls=tls)
         self._bases = BaseModelServiceStub(self._channel)
         self._files = FileServiceStub(self._channel)
         self._adapters = AdapterServiceStub(self._channel)

@@ -35,7 +35,7 @@ class TrainerService:
         self._settings = settings
         self._store = settings.open_store()
         self._redis = open_index(settings.redis_url)
-        self._registry = RegistryClient(settings.registry_target)
+        self._registry = RegistryClient(settings.registry_target, settings.peer_tls)
         self._bases = BaseCatalog()
         self._loaded: list[TrainableBase] = []
         index = JobIndex(self._redis, lease_seconds=settings.lease_seconds)

@@ -14,7 +14,6 @@ from services.common.channels import RetryPolicy, open_channel
 from services.common.config import ServiceSettings
 from services.common.errors import Unavailable
 from services.common.status import from_rpc_error
-from services.common.transport import MESSAGE_LIMIT_BYTES
 from tests.support.rpc import (
     CHAT,
     COLLECT,
@@ -23,9 +22,7 @@ from tests.support.rpc import (
     STREAM,
     TENANT,
     echo_service,
-    foreign_channel,
     our_channel,
-    plain_channel,
     running_host,
 )
 
@@ -169,40 +166,6 @@ async def test_a_cancelled_stream_reaches_the_server() -> None:
         async with asyncio.timeout(5):
             await closed.wait()
         assert await call.code() is grpc.StatusCode.CANCELLED
-
-
-async def test_a_message_above_the_limit_is_refused_and_the_connection_survives() -> None:
-    async def length(request: bytes, context: Any) -> bytes:
-        return str(len(request)).encode()
-
-    async with running_host(echo_service(once=length)) as (_, address):
-        async with foreign_channel(address, max_send_message_length=-1) as foreign:
-            method = foreign.unary_unary(ONCE)
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await method(bytes(MESSAGE_LIMIT_BYTES + 1), metadata=TENANT)
-            assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert await method(b"abc", metadata=TENANT) == b"3"
-        ours: Any = open_channel(address)
-        async with ours:
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await ours.unary_unary(ONCE)(bytes(MESSAGE_LIMIT_BYTES + 1), metadata=TENANT)
-            assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-@pytest.mark.parametrize(("size_bytes", "is_taken"), [(10_000, True), (20_000, False), (1_000_000, False)])
-async def test_metadata_has_one_fixed_limit(size_bytes: int, is_taken: bool) -> None:
-    async def once(request: bytes, context: Any) -> bytes:
-        return b"here"
-
-    async with plain_channel(echo_service(once=once)) as channel:
-        for _ in range(5):
-            call = channel.unary_unary(ONCE)(b"", metadata=(*TENANT, ("x-big", "x" * size_bytes)))
-            if is_taken:
-                assert await call == b"here"
-            else:
-                with pytest.raises(grpc.aio.AioRpcError):
-                    await call
-        assert await channel.unary_unary(ONCE)(b"", metadata=TENANT) == b"here"
 
 
 async def test_a_channel_finds_its_server_again_after_a_restart() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 from services.gateway.__main__ import main
+from tests.support.certificates import Authority
 from tests.support.fake_services import BASE, Script
 from tests.support.gateway import PEPPER, GatewayUnderTest, running_gateway, sse_objects, wait_until
 
@@ -150,3 +152,23 @@ def test_a_bad_configuration_is_named_and_not_shown(
 def test_it_refuses_to_start(tmp_path: Path, variables: dict[str, str], said: str) -> None:
     ended = run(tmp_path, **variables)
     assert (ended.returncode, said in ended.stderr) == (1, True), ended.stderr
+
+
+def test_https_with_a_certificate(tmp_path: Path, behind: GatewayUnderTest) -> None:
+    authority = Authority(tmp_path)
+    identity, other = authority.issue("gateway"), authority.issue("other")
+    files = {
+        "LORAFLEET_GATEWAY_TLS_CERT_FILE": str(identity.cert_file),
+        "LORAFLEET_GATEWAY_TLS_KEY_FILE": str(identity.key_file),
+    }
+    with process(tmp_path, **targets(behind), **files) as (child, url):
+        context = ssl.create_default_context(cafile=str(authority.ca_file))
+        secure_url = url.replace("http://", "https://")
+        assert httpx.get(f"{secure_url}/health", verify=context, timeout=10).status_code == 200
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"{url}/health", timeout=10)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0
+    mismatched = run(tmp_path, **files | {"LORAFLEET_GATEWAY_TLS_KEY_FILE": str(other.key_file)})
+    assert mismatched.returncode == 1
+    assert "KEY_VALUES_MISMATCH" in mismatched.stderr

@@ -6,7 +6,6 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from lorafleet.registry.v1 import adapter_pb2
@@ -202,17 +201,3 @@ async def test_pages(client: Client) -> None:
         assert await reason_of(client.call(stub.ListAdapters, request)) == "bad_page_token", bad
     no_number = adapter_pb2.ListVersionsRequest(adapter="alpha", page_token="YWxwaGE=")
     assert await reason_of(client.call(stub.ListVersions, no_number)) == "bad_page_token"
-
-
-async def test_calls_of_later_versions_say_so(client: Client) -> None:
-    request = adapter_pb2.AcquireLeaseRequest(digest=FINGERPRINT.digest, holder="a", ttl_seconds=1)
-    with pytest.raises(LorafleetError) as caught:
-        await client.call(client.adapters.AcquireLease, request)
-    assert caught.value.code is Code.UNIMPLEMENTED
-    watch: Any = client.adapters.WatchAdapters(
-        adapter_pb2.WatchAdaptersRequest(), metadata=(("lorafleet-tenant", "acme"),)
-    )
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        async for _ in watch:
-            pass
-    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -21,7 +21,9 @@ from lorafleet.registry.v1 import adapter_pb2, base_model_pb2
 from services.common.adapter_format import read_folder
 from services.common.channels import open_channel
 from services.common.fingerprint import fingerprint_base, linear_module_table, num_parameters
+from services.common.status import from_rpc_error
 from services.common.valkey import EmbeddedValkey
+from services.registry.index import STATE
 from services.registry.service import SERVICES
 from tests.support.models import make_peft_adapter, make_tiny_llama
 from tests.support.registry import FINGERPRINT, Client, Place, Upload, base_message, reason_of
@@ -100,7 +102,7 @@ async def test_kill_restart_and_reindex(place: Place, tmp_path: Path) -> None:
             timeout=60,
         )
         assert (finished.returncode, finished.stdout) == (0, b"3 records indexed\n")
-        assert index.hget("registry:state", "records") == b"3"
+        assert index.hget(STATE, "records") == b"3"
 
 
 async def test_starts_without_its_index_and_outlives_it(tmp_path: Path) -> None:
@@ -170,3 +172,18 @@ async def test_a_peft_adapter_on_a_real_base(place: Place, tmp_path: Path) -> No
         for name in ("adapter_config.json", WEIGHTS):
             (out / name).write_bytes(await client.download("billing", name))
     assert read_folder(out) == read_folder(folder, base_modules=linear_module_table(model))
+
+
+async def test_a_watch_does_not_hold_a_registry_that_is_told_to_end(place: Place, tmp_path: Path) -> None:
+    async with registry_process(place, tmp_path) as (process, address), open_channel(address) as channel:
+        await wait_for(channel, "SERVING")
+        call = Client(channel, "acme").adapters.WatchAdapters(
+            adapter_pb2.WatchAdaptersRequest(), metadata=(("lorafleet-tenant", "acme"),)
+        )
+        await call.initial_metadata()
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert from_rpc_error(caught.value).reason == "draining"
+        # Its grace is 20 s.
+        assert await asyncio.to_thread(process.wait, 10) == 0

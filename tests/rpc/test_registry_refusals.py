@@ -31,7 +31,7 @@ BAD_UPLOADS: dict[str, Upload] = {
     "bad_rank": Upload.made(0, r=0),
     "rank_mismatch": Upload.made(0, r=3),
     "rank_too_large": Upload.made(0, r=64),
-    "unsupported_feature": Upload.made(0, use_dora=True),
+    "unsupported_feature": Upload.made(0, use_qalora=True),
     "unsupported_field": Upload.made(0, auto_mapping={"parent_library": "os"}),
     "bad_offsets": Upload(config_bytes(), safetensors_bytes(lora_tensors()) + b"\0"),
     "base_mismatch": Upload(config_bytes(r=3), safetensors_bytes(lora_tensors(3))),

@@ -179,7 +179,7 @@ async def test_a_dead_peer_is_unavailable_to_the_caller_too() -> None:
     assert error.reason == "unavailable"
 
 
-async def test_the_server_ends_calls_without_a_deadline() -> None:
+async def test_row_109_the_server_ends_calls_without_a_deadline() -> None:
     ended = asyncio.Event()
 
     async def sleep(request: bytes, context: Any) -> bytes:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -136,6 +138,76 @@ async def test_sigterm_lets_a_stream_finish_and_refuses_new_calls(tmp_path: Path
     assert access["request_id"].startswith("req-")
 
 
+async def test_row_141_sigterm_under_load_truncates_no_stream(tmp_path: Path) -> None:
+    num_streams, num_messages = 32, 50
+    with server_process(tmp_path) as (process, port_file):
+        address = await address_of(process, port_file)
+
+        async def read_all(call: Any) -> list[bytes]:
+            answers = [await call.read()]
+            started.release()
+            while (answer := await call.read()) is not grpc.aio.EOF:
+                answers.append(answer)
+            assert await call.code() is grpc.StatusCode.OK
+            return answers
+
+        started = asyncio.Semaphore(0)
+        async with (
+            foreign_channel(address, use_local_subchannel_pool=1) as one,
+            foreign_channel(address, use_local_subchannel_pool=1) as other,
+        ):
+            streams = [
+                asyncio.create_task(
+                    read_all(
+                        channel.unary_stream(STREAM)(str(num_messages).encode(), metadata=TENANT, timeout=60)
+                    )
+                )
+                for channel in (one, other)
+                for _ in range(num_streams // 2)
+            ]
+            for _ in streams:
+                await started.acquire()
+            process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.3)
+            # A connection that is draining takes no new calls either.
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await one.unary_stream(STREAM)(b"1", metadata=TENANT, timeout=5).read()
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+            ends = await asyncio.gather(*streams, return_exceptions=True)
+        output, lines = await ended(process)
+    whole = [str(number).encode() for number in range(num_messages)]
+    assert [end for end in ends if end != whole] == []
+    assert (process.returncode, output) == (0, "closed\n")
+    codes = [line["code"] for line in lines if line["logger"] == "lorafleet.access"]
+    assert codes == ["OK"] * num_streams
+
+
+async def test_row_143_a_server_without_file_descriptors_recovers(tmp_path: Path) -> None:
+    with server_process(tmp_path) as (process, port_file):
+        address = await address_of(process, port_file)
+        host, _, port = address.rpartition(":")
+        async with foreign_channel(address) as channel:
+            call = channel.unary_stream(STREAM)(b"100", metadata=TENANT, timeout=60)
+            assert await call.read() == b"0"
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (64, 64))
+            idle = [socket.create_connection((host, int(port)), timeout=5) for _ in range(100)]
+            async with foreign_channel(address, use_local_subchannel_pool=1) as late:
+                with pytest.raises(grpc.aio.AioRpcError) as shed:
+                    await late.unary_stream(STREAM)(b"1", metadata=TENANT, timeout=1).read()
+                assert shed.value.code() in {
+                    grpc.StatusCode.UNAVAILABLE,
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                }
+            for connection in idle:
+                connection.close()
+            assert await call.read() == b"1"
+            await drain(call)
+            assert await call.code() is grpc.StatusCode.OK
+        async with foreign_channel(address, use_local_subchannel_pool=1) as channel:
+            answers = channel.unary_stream(STREAM)(b"1", metadata=TENANT, timeout=20, wait_for_ready=True)
+            assert [answer async for answer in answers] == [b"0"]
+
+
 async def test_after_the_grace_a_stream_is_ended(tmp_path: Path) -> None:
     with server_process(tmp_path, LORAFLEET_GRACE_SECONDS="0.3") as (process, port_file):
         address = await address_of(process, port_file)
@@ -150,7 +222,7 @@ async def test_after_the_grace_a_stream_is_ended(tmp_path: Path) -> None:
     assert (process.returncode, output) == (0, "closed\n")
 
 
-async def test_bad_settings_end_with_code_2_and_name_every_variable(tmp_path: Path) -> None:
+async def test_row_146_bad_settings_end_with_code_2_and_name_every_variable(tmp_path: Path) -> None:
     bad = {"LORAFLEET_GRACE_SECONDS": "nan", "LORAFLEET_LISTEN": "here", "LORAFLEET_LISTN": "x"}
     with server_process(tmp_path, **bad) as (process, _):
         _, message = await asyncio.to_thread(process.communicate, timeout=30)
@@ -158,7 +230,7 @@ async def test_bad_settings_end_with_code_2_and_name_every_variable(tmp_path: Pa
     assert all(name in message for name in bad)
 
 
-async def test_a_server_that_trusts_its_callers_is_not_opened_to_others(tmp_path: Path) -> None:
+async def test_row_119_a_server_that_trusts_its_callers_is_not_opened_to_others(tmp_path: Path) -> None:
     with server_process(tmp_path, LORAFLEET_LISTEN=EVERYWHERE) as (process, _):
         _, lines = await ended(process)
         assert process.returncode == 1
@@ -173,12 +245,13 @@ async def test_a_server_that_trusts_its_callers_is_not_opened_to_others(tmp_path
         assert await health("127.0.0.1:" + address.removeprefix("0.0.0.0:")) == SERVING
 
 
-async def test_a_taken_port_is_reported(tmp_path: Path) -> None:
+async def test_row_146_a_taken_port_is_reported(tmp_path: Path) -> None:
     async with running_host(echo_service()) as (_, address):
         with server_process(tmp_path, LORAFLEET_LISTEN=address) as (process, _):
             _, lines = await ended(process)
     assert process.returncode == 1
     assert lines[-1]["message"] == "cannot start"
+    assert address in lines[-1]["detail"]
 
 
 async def test_the_server_becomes_ready_when_its_dependency_comes_and_watch_tells() -> None:

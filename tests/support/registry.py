@@ -136,9 +136,14 @@ class Client:
 
     def __init__(self, channel: grpc.aio.Channel, tenant: str) -> None:
         self.tenant = tenant
+        self._channel = channel
         self.adapters = adapter_pb2_grpc.AdapterServiceStub(channel)
         self.bases = base_model_pb2_grpc.BaseModelServiceStub(channel)
         self.files = file_pb2_grpc.FileServiceStub(channel)
+
+    def as_tenant(self, tenant: str) -> Client:
+        """The same registry, as another tenant sees it."""
+        return Client(self._channel, tenant)
 
     async def call(self, method: Any, request: Any) -> Any:
         """Make a call with one answer."""

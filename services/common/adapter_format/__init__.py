@@ -1,4 +1,4 @@
-"""The adapter format: PEFT LoRA folders, checked without torch and without PEFT."""
+"""The adapter format: PEFT LoRA folders, checked without torch and without PEFT; kinds in `AdapterKind`."""
 
 from services.common.adapter_format.config import LoraConfig, parse_config
 from services.common.adapter_format.export import AdapterCard, export_folder
@@ -14,7 +14,12 @@ from services.common.adapter_format.reader import (
     read_folder,
 )
 from services.common.adapter_format.safetensors_header import SafetensorsHeader, TensorInfo, read_header
-from services.common.adapter_format.summary import AdapterKind, AdapterSummary, LoraModule
+from services.common.adapter_format.summary import (
+    AdapterKind,
+    AdapterSummary,
+    LoraModule,
+    OutputHead,
+)
 
 __all__ = [
     "CARD_FILE",
@@ -28,6 +33,7 @@ __all__ = [
     "LoraConfig",
     "LoraModule",
     "ModuleTable",
+    "OutputHead",
     "SafetensorsHeader",
     "TensorInfo",
     "check_file_names",

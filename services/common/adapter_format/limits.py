@@ -21,7 +21,8 @@ class AdapterLimits:
         max_delta_norm: largest `scale * |B| * |A|` of one module (Frobenius norms, so a bound on the norm of
             `scale * B @ A`). Trained adapters stay below some hundreds; a million means that training
             diverged.
-        max_modules: number of adapted modules.
+        max_modules: number of adapted modules. With `max_header_bytes` it bounds the time and the memory that
+            a header costs before it is refused.
         scan_chunk_bytes: memory that the scan of the values may take at a time.
     """
 
@@ -30,8 +31,13 @@ class AdapterLimits:
     max_weights_bytes: int = 2 * GIB
     max_rank: int = 256
     max_delta_norm: float = 1e6
-    max_modules: int = 10_000
+    max_modules: int = 2048
     scan_chunk_bytes: int = 4 * MIB
+
+    @property
+    def max_tensors(self) -> int:
+        """Tensors that `max_modules` layers can have: A, B and one vector each, and an output head."""
+        return 3 * self.max_modules + 2
 
 
 DEFAULT_LIMITS = AdapterLimits()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from services.common.adapter_format.config import LoraConfig, parse_config
+from services.common.adapter_format.layout import Head, Layer, Layout, Part, sort_tensors
 from services.common.adapter_format.limits import DEFAULT_LIMITS, AdapterLimits
-from services.common.adapter_format.patterns import is_target
 from services.common.adapter_format.safetensors_header import FIELD, TensorInfo, read_header_from
-from services.common.adapter_format.summary import AdapterKind, AdapterSummary, LoraModule
+from services.common.adapter_format.summary import AdapterSummary, LoraModule, OutputHead
 from services.common.adapter_format.values import FLOAT_DTYPES, frobenius_norm
 from services.common.errors import InvalidArgument, ResourceExhausted
 
@@ -19,16 +19,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 
-_PREFIX = "base_model.model."
-_SIDES = {".lora_A.weight": "A", ".lora_B.weight": "B"}
-# Parts of tensor names that tell which unsupported feature wrote them.
-_FEATURE_TENSORS = {
-    ".lora_B.bias": AdapterKind.LORA_BIAS.value,
-    ".lora_magnitude_vector": AdapterKind.LORA_SCALE.value,
-    ".modules_to_save.": AdapterKind.HEAD.value,
-    ".lora_embedding_": "embedding adapters",
-    ".token_adapter.": "trainable tokens",
-}
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".xz", ".bz2", ".zst", ".7z", ".rar")
 _HASH_CHUNK_BYTES = 1024 * 1024
@@ -41,6 +31,7 @@ def read_adapter(
     weights: Path,
     *,
     base_modules: ModuleTable | None = None,
+    weights_digest: str | None = None,
     limits: AdapterLimits = DEFAULT_LIMITS,
 ) -> AdapterSummary:
     """Check an adapter and return what it is, in memory bounded by the header and `limits.scan_chunk_bytes`.
@@ -49,6 +40,7 @@ def read_adapter(
         config: the bytes of `adapter_config.json`.
         weights: the path of the safetensors file.
         base_modules: name -> (in_features, out_features) of the base's linear layers; checked where given.
+        weights_digest: the digest of the file, from a caller that has just hashed it; else it is hashed here.
         limits: the largest sizes and values accepted.
 
     Raises:
@@ -63,21 +55,27 @@ def read_adapter(
         weights_bytes = weights.stat().st_size
         if weights_bytes > limits.max_weights_bytes:
             raise _too_large(weights_bytes, limits)
-        header = read_header_from(file, max_header_bytes=limits.max_header_bytes)
-        pairs = _pair_up(header.tensors, limits)
-        dtype = _common_dtype(header.tensors)
-        modules = [_module(name, pair, settings, base_modules) for name, pair in sorted(pairs.items())]
-        changes_something = _scan(file, modules, pairs, limits)
-        weights_digest = _digest_of(file)
+        header = read_header_from(
+            file, max_header_bytes=limits.max_header_bytes, max_tensors=limits.max_tensors
+        )
+        layout = sort_tensors(header.tensors, settings, limits)
+        dtype = _check_dtypes(layout)
+        modules = [
+            _module(name, layer, settings, base_modules) for name, layer in sorted(layout.layers.items())
+        ]
+        head = _output_head(layout.head)
+        changes_something = _scan(file, modules, layout, limits)
+        digest = _digest_of(file) if weights_digest is None else weights_digest
     return AdapterSummary(
-        kind=AdapterKind.LORA,
+        kind=layout.kind,
         modules=tuple(modules),
+        head=head,
         targets=tuple(sorted({module.name.rpartition(".")[2] for module in modules})),
         dtype=dtype,
         config_bytes=len(config),
         weights_bytes=weights_bytes,
         config_digest="sha256:" + hashlib.sha256(config).hexdigest(),
-        weights_digest=weights_digest,
+        weights_digest=digest,
         declared_base=settings.declared_base,
         warnings=() if changes_something else ("noop_adapter",),
     )
@@ -121,72 +119,66 @@ def check_file_names(names: Collection[str]) -> None:
             raise InvalidArgument("missing_file", f"{wanted} is missing.", field="files", value=wanted)
 
 
-def _pair_up(tensors: tuple[TensorInfo, ...], limits: AdapterLimits) -> dict[str, dict[str, TensorInfo]]:
-    pairs: dict[str, dict[str, TensorInfo]] = {}
-    for tensor in tensors:
-        module, side = _module_and_side(tensor.name)
-        pairs.setdefault(module, {})[side] = tensor
-    if len(pairs) > limits.max_modules:
-        raise ResourceExhausted(
-            "too_large",
-            f"The adapter changes {len(pairs)} layers; the limit is {limits.max_modules}.",
-            field=FIELD,
-            value=len(pairs),
-            limit=limits.max_modules,
-            final=True,
-        )
-    for module, pair in pairs.items():
-        for side in ("A", "B"):
-            if side not in pair:
-                name = f"{_PREFIX}{module}.lora_{side}.weight"
-                raise InvalidArgument("missing_tensor", f"Tensor {name} is missing.", field=FIELD, value=name)
-    return pairs
+def _check_dtypes(layout: Layout) -> str:
+    for tensor in _tensors(layout):
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise _bad_dtype(tensor, "F32, F16 or BF16")
+    low_rank = [layer[part] for layer in layout.layers.values() for part in (Part.A, Part.B)]
+    for tensor in low_rank:
+        if tensor.dtype != low_rank[0].dtype:
+            raise _bad_dtype(tensor, low_rank[0].dtype)
+    return low_rank[0].dtype if low_rank else "F32"
 
 
-def _module_and_side(name: str) -> tuple[str, str]:
-    for part, feature in _FEATURE_TENSORS.items():
-        if part in name:
-            message = f"Tensor {name} belongs to a feature that is not supported: {feature}."
-            raise InvalidArgument("unsupported_feature", message, field=FIELD, value=name)
-    for suffix, side in _SIDES.items():
-        module = name.removeprefix(_PREFIX).removesuffix(suffix)
-        if name == _PREFIX + module + suffix and module:
-            return module, side
-    raise InvalidArgument(
-        "unexpected_tensor", f"Tensor {name} is not part of a LoRA adapter.", field=FIELD, value=name
-    )
+def _tensors(layout: Layout) -> Iterator[TensorInfo]:
+    for layer in layout.layers.values():
+        yield from layer.values()
+    if layout.head is not None:
+        yield layout.head.weight
+        if layout.head.bias is not None:
+            yield layout.head.bias
 
 
-def _common_dtype(tensors: tuple[TensorInfo, ...]) -> str:
-    for tensor in tensors:
-        if tensor.dtype not in FLOAT_DTYPES or tensor.dtype != tensors[0].dtype:
-            message = f"Tensor {tensor.name} is {tensor.dtype}; all must be one of F32, F16 and BF16."
-            raise InvalidArgument(
-                "bad_dtype", message, field=FIELD, value=tensor.dtype, limit="F32, F16 or BF16"
-            )
-    return tensors[0].dtype if tensors else "F32"
-
-
-def _module(
-    name: str, pair: dict[str, TensorInfo], settings: LoraConfig, base_modules: ModuleTable | None
-) -> LoraModule:
-    a, b = pair["A"], pair["B"]
-    if not is_target(settings.target_modules, name):
-        message = f"Tensor {a.name} belongs to a layer that target_modules does not name."
-        raise InvalidArgument("unexpected_tensor", message, field=FIELD, value=a.name)
+def _module(name: str, layer: Layer, settings: LoraConfig, base_modules: ModuleTable | None) -> LoraModule:
+    a, b = layer[Part.A], layer[Part.B]
     for tensor in (a, b):
-        if len(tensor.shape) != 2 or 0 in tensor.shape:
-            message = f"Tensor {tensor.name} has shape {list(tensor.shape)}; a matrix is needed."
-            raise InvalidArgument("bad_shape", message, field=FIELD, value=list(tensor.shape))
+        _check_matrix(tensor)
     rank = settings.rank_of(name)
     for tensor, got in ((a, a.shape[0]), (b, b.shape[1])):
         if got != rank:
             message = f"Tensor {tensor.name} has rank {got}, the config says {rank}."
             raise InvalidArgument("rank_mismatch", message, field=FIELD, value=got, limit=rank)
-    module = LoraModule(name, rank, a.shape[1], b.shape[0], settings.scale_of(name))
+    vectors = [tensor for part, tensor in layer.items() if part not in (Part.A, Part.B)]
+    for vector in vectors:
+        _check_vector(vector, b.shape[0])
+    module = LoraModule(
+        name, rank, a.shape[1], b.shape[0], settings.scale_of(name), len(vectors) * b.shape[0]
+    )
     if base_modules is not None:
         _check_base(module, base_modules)
     return module
+
+
+def _output_head(head: Head | None) -> OutputHead | None:
+    if head is None:
+        return None
+    _check_matrix(head.weight)
+    out_features, in_features = head.weight.shape
+    if head.bias is not None:
+        _check_vector(head.bias, out_features)
+    return OutputHead(head.name, in_features, out_features, head.bias is not None)
+
+
+def _check_matrix(tensor: TensorInfo) -> None:
+    if len(tensor.shape) != 2 or 0 in tensor.shape:
+        message = f"Tensor {tensor.name} has shape {list(tensor.shape)}; a matrix is needed."
+        raise InvalidArgument("bad_shape", message, field=FIELD, value=list(tensor.shape))
+
+
+def _check_vector(tensor: TensorInfo, length: int) -> None:
+    if tensor.shape != (length,):
+        message = f"Tensor {tensor.name} has shape {list(tensor.shape)}; its layer needs [{length}]."
+        raise InvalidArgument("bad_shape", message, field=FIELD, value=list(tensor.shape), limit=[length])
 
 
 def _check_base(module: LoraModule, base_modules: ModuleTable) -> None:
@@ -200,27 +192,51 @@ def _check_base(module: LoraModule, base_modules: ModuleTable) -> None:
         raise InvalidArgument("base_mismatch", message, field=FIELD, value=actual, limit=expected)
 
 
-def _scan(
-    file: BinaryIO, modules: list[LoraModule], pairs: dict[str, dict[str, TensorInfo]], limits: AdapterLimits
-) -> bool:
-    """Check every value; return whether any module's A and B are both non-zero."""
+def _scan(file: BinaryIO, modules: list[LoraModule], layout: Layout, limits: AdapterLimits) -> bool:
+    """Check every value; return whether the adapter may change anything."""
+    norms = {
+        tensor.name: frobenius_norm(file, tensor, chunk_bytes=limits.scan_chunk_bytes)
+        for tensor in sorted(_tensors(layout), key=lambda tensor: tensor.begin)
+    }
     changes_something = False
     for module in modules:
-        norms = [
-            frobenius_norm(file, pairs[module.name][side], chunk_bytes=limits.scan_chunk_bytes)
-            for side in ("A", "B")
-        ]
-        delta_norm = module.scale * norms[0] * norms[1]
-        if delta_norm > limits.max_delta_norm:
-            message = (
-                f"Layer {module.name}: scale * |B| * |A| is {delta_norm:.3g}; no trained adapter is above "
-                f"{limits.max_delta_norm:.3g}."
-            )
-            raise InvalidArgument(
-                "weights_out_of_range", message, field=FIELD, value=delta_norm, limit=limits.max_delta_norm
-            )
+        layer = layout.layers[module.name]
+        delta_norm = module.scale * norms[layer[Part.A].name] * norms[layer[Part.B].name]
+        _check_norm(delta_norm, f"Layer {module.name}: scale * |B| * |A|", limits)
         changes_something = changes_something or delta_norm > 0
+        if Part.B_BIAS in layer:
+            bias_norm = module.scale * norms[layer[Part.B_BIAS].name]
+            _check_norm(bias_norm, f"Layer {module.name}: scale * |bias|", limits)
+            changes_something = changes_something or bias_norm > 0
+    # The base's own values are not at hand here, so what stands in their place counts as a change.
+    for tensor in _replacing(layout):
+        _check_norm(norms[tensor.name], f"Tensor {tensor.name}: its norm", limits)
+        changes_something = True
     return changes_something
+
+
+def _replacing(layout: Layout) -> Iterator[TensorInfo]:
+    for layer in layout.layers.values():
+        for part in (Part.BASE_BIAS, Part.MAGNITUDE):
+            if part in layer:
+                yield layer[part]
+    if layout.head is not None:
+        yield layout.head.weight
+        if layout.head.bias is not None:
+            yield layout.head.bias
+
+
+def _check_norm(norm: float, what: str, limits: AdapterLimits) -> None:
+    if norm > limits.max_delta_norm:
+        message = f"{what} is {norm:.3g}; no trained adapter is above {limits.max_delta_norm:.3g}."
+        raise InvalidArgument(
+            "weights_out_of_range", message, field=FIELD, value=norm, limit=limits.max_delta_norm
+        )
+
+
+def _bad_dtype(tensor: TensorInfo, wanted: str) -> InvalidArgument:
+    message = f"Tensor {tensor.name} is {tensor.dtype}; it must be {wanted}."
+    return InvalidArgument("bad_dtype", message, field=FIELD, value=tensor.dtype, limit=wanted)
 
 
 def _digest_of(file: BinaryIO) -> str:

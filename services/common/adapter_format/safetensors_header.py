@@ -41,6 +41,9 @@ DTYPE_BYTES = {
 _LENGTH_BYTES = 8
 _HEADER_DEPTH = 3
 _MAX_DIMENSIONS = 8
+# An entry, its dtype, two lists, and the numbers in them: two offsets and two sizes of a matrix.
+_TENSOR_VALUES = 8
+_METADATA_VALUES = 1000
 _METADATA = "__metadata__"
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
@@ -86,14 +89,16 @@ def read_header(path: Path, *, max_header_bytes: int = DEFAULT_LIMITS.max_header
         return read_header_from(file, max_header_bytes=max_header_bytes)
 
 
-def read_header_from(file: BinaryIO, *, max_header_bytes: int) -> SafetensorsHeader:
-    """As `read_header`, from an open seekable file."""
+def read_header_from(
+    file: BinaryIO, *, max_header_bytes: int, max_tensors: int | None = None
+) -> SafetensorsHeader:
+    """As `read_header`, from an open seekable file; more than `max_tensors` are `header_bad_json` too."""
     file_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
     start = file.read(_LENGTH_BYTES + 1)
     header_bytes = _header_length(start, file_bytes, max_header_bytes)
     file.seek(_LENGTH_BYTES)
-    entries = _parse(file.read(header_bytes))
+    entries = _parse(file.read(header_bytes), max_tensors)
     metadata = _metadata(entries.pop(_METADATA, {}))
     data_begin = _LENGTH_BYTES + header_bytes
     tensors = sorted(
@@ -127,9 +132,10 @@ def _header_length(start: bytes, file_bytes: int, max_header_bytes: int) -> int:
     return length
 
 
-def _parse(data: bytes) -> dict[str, Any]:
+def _parse(data: bytes, max_tensors: int | None) -> dict[str, Any]:
+    max_values = None if max_tensors is None else max_tensors * _TENSOR_VALUES + _METADATA_VALUES
     try:
-        return parse_object(data, max_depth=_HEADER_DEPTH)
+        return parse_object(data, max_depth=_HEADER_DEPTH, max_values=max_values)
     except StrictJsonError as error:
         if error.fault is JsonFault.NOT_UTF8:
             raise InvalidArgument(

@@ -7,8 +7,10 @@ import json
 import re
 from typing import Any, NoReturn
 
-# Consumes whole strings, so that brackets inside them are not counted; never looks at a byte twice.
-_STRUCTURE = re.compile(r'"(?:[^"\\]++|\\.?)*+"?|[{}\[\]]', re.DOTALL)
+# Whole strings, so that marks inside them are not counted; never looks at a character twice.
+_STRING = re.compile(r'"(?:[^"\\]++|\\.?)*+"?', re.DOTALL)
+_PAIR = re.compile(r"\[\]|\{\}")
+_NOT_BRACKETS = re.compile(r"[^{}\[\]]+")
 
 
 class JsonFault(enum.Enum):
@@ -35,30 +37,48 @@ class StrictJsonError(Exception):
         self.top_level = top_level
 
 
-class _Object(dict[str, Any]):
-    """An object that remembers the first key given twice."""
+class _Objects:
+    """Makes the objects of one document, inner ones first, and remembers keys given twice."""
 
-    repeated_key: str | None = None
+    def __init__(self) -> None:
+        self.first_repeated: str | None = None
+        self.repeated_in_latest: str | None = None
+
+    def make(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Return the object of `pairs`."""
+        result = dict(pairs)
+        self.repeated_in_latest = None if len(result) == len(pairs) else _repeated(pairs)
+        if self.first_repeated is None:
+            self.first_repeated = self.repeated_in_latest
+        return result
 
 
-def parse_object(data: bytes, *, max_depth: int) -> dict[str, Any]:
+def parse_object(data: bytes, *, max_depth: int, max_values: int | None = None) -> dict[str, Any]:
     """Return the JSON object in `data`; its time is linear in `len(data)`.
 
+    With `max_values`, a document of more values or strings is refused before any of them is made: a great
+    many small values take far more memory than their text.
+
     Raises:
-        StrictJsonError: not UTF-8, not JSON, not an object, deeper than `max_depth`, or a key is given twice.
+        StrictJsonError: not UTF-8, not JSON, not an object, deeper than `max_depth`, larger than
+            `max_values`, or a key is given twice.
     """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise StrictJsonError(JsonFault.NOT_UTF8, f"not UTF-8 at byte {error.start}") from error
-    _check_depth(text, max_depth)
+    # Escaped quotes count too: the limit is far above what an honest document of that size has.
+    if max_values is not None and text.count('"') > 2 * max_values:
+        raise StrictJsonError(JsonFault.BAD_JSON, f"it has more than {max_values} strings")
+    _check_structure(_STRING.sub("", text), max_depth, max_values)
+    objects = _Objects()
     try:
-        parsed = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        parsed = json.loads(text, object_pairs_hook=objects.make, parse_constant=_refuse_constant)
     except ValueError as error:
         raise StrictJsonError(JsonFault.BAD_JSON, f"not JSON: {error}") from error
-    if not isinstance(parsed, _Object):
+    if not isinstance(parsed, dict):
         raise StrictJsonError(JsonFault.BAD_JSON, "not a JSON object")
-    _check_repeated(parsed, top_level=True)
+    _check_repeated(objects)
     _check_surrogates(text, parsed)
     return parsed
 
@@ -68,46 +88,39 @@ def canonical_json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def _check_depth(text: str, max_depth: int) -> None:
-    depth = 0
-    for match in _STRUCTURE.finditer(text):
-        mark = match.group()[0]
-        if mark in "{[":
-            depth += 1
-            if depth > max_depth:
-                raise StrictJsonError(JsonFault.BAD_JSON, f"nested deeper than {max_depth} levels")
-        elif mark in "}]":
-            depth -= 1
+def _check_structure(marks: str, max_depth: int, max_values: int | None) -> None:
+    # Every value but the first of its container follows a comma.
+    num_values = marks.count(",") + marks.count("{") + marks.count("[") + 1
+    if max_values is not None and num_values > max_values:
+        raise StrictJsonError(JsonFault.BAD_JSON, f"it has more than {max_values} values")
+    brackets = _NOT_BRACKETS.sub("", marks)
+    for _ in range(max_depth):
+        brackets = _PAIR.sub("", brackets)
+    # A pair that is left lies around deeper ones; what was never closed, the parser refuses by itself.
+    if _PAIR.search(brackets) or brackets.count("{") + brackets.count("[") > max_depth:
+        raise StrictJsonError(JsonFault.BAD_JSON, f"nested deeper than {max_depth} levels")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> _Object:
-    result = _Object(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                result.repeated_key = key
-                break
-            seen.add(key)
-    return result
+def _repeated(pairs: list[tuple[str, Any]]) -> str:
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            return key
+        seen.add(key)
+    raise AssertionError("no key is given twice")
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check_repeated(value: object, *, top_level: bool) -> None:
-    if isinstance(value, _Object):
-        if value.repeated_key is not None:
-            message = f"key {value.repeated_key[:80]!r} is given twice"
-            raise StrictJsonError(
-                JsonFault.DUPLICATE_KEY, message, key=value.repeated_key, top_level=top_level
-            )
-        for item in value.values():
-            _check_repeated(item, top_level=False)
-    elif isinstance(value, list):
-        for item in value:
-            _check_repeated(item, top_level=False)
+def _check_repeated(objects: _Objects) -> None:
+    # The outermost object is made last.
+    outermost = objects.repeated_in_latest
+    key = objects.first_repeated if outermost is None else outermost
+    if key is not None:
+        message = f"key {key[:80]!r} is given twice"
+        raise StrictJsonError(JsonFault.DUPLICATE_KEY, message, key=key, top_level=outermost is not None)
 
 
 def _check_surrogates(text: str, parsed: object) -> None:

@@ -1,6 +1,6 @@
 """The server side of every call: one interceptor and its layers, one concern per file.
 
-From the outside in: request id, trace, access log, errors, deadline, drain, tenant, then the method.
+From the outside in: request id, trace, metrics, access log, errors, deadline, drain, tenant, then the method.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from services.common.rpc.deadline import deadline_layer
 from services.common.rpc.drain import DrainLayer
 from services.common.rpc.errors import errors_layer
 from services.common.rpc.interceptor import CallInterceptor
+from services.common.rpc.metering import metering_layer
 from services.common.rpc.request_id import request_id_layer
 from services.common.rpc.tenant import tenant_layer
 from services.common.rpc.tracing import tracing_layer
@@ -25,6 +26,7 @@ def standard_layers(
     return (
         request_id_layer,
         tracing_layer,
+        metering_layer,
         access_log_layer,
         errors_layer,
         deadline_layer(unary_seconds=unary_timeout_seconds, stream_seconds=stream_timeout_seconds),

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from services.common.rpc.call import Call, Layer
+from services.common.rpc.messages import DecodedStream, decoded
 from services.common.rpc.remainder import read_to_the_end
 
 
@@ -18,6 +19,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     The handler is wrapped, not the continuation, which only looks the handler up. A method that answers by
     a stream may be an async generator or a coroutine that calls `context.write`; both become the latter, so
     that layers see every error and every cancellation, and a generator is closed before its call ends.
+    Requests are deserialized inside the layers too; a method that takes a stream iterates over it and does
+    not call `context.read`, which would give it bytes.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -41,16 +44,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         )
 
+        take: Any = DecodedStream if handler.request_streaming else decoded
+
         async def answer_once(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with self._around(Call(method, is_streaming, context)):
+                taken = take(request, handler.request_deserializer, method)
                 if not handler.request_streaming:
-                    return await behavior(request, context)
+                    return await behavior(taken, context)
                 async with read_to_the_end(request):
-                    return await behavior(request, context)
+                    return await behavior(taken, context)
 
         async def answer_stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             async with self._around(Call(method, is_streaming, context)):
-                answer = behavior(request, context)
+                answer = behavior(take(request, handler.request_deserializer, method), context)
                 if not hasattr(answer, "__aiter__"):
                     await answer
                     return
@@ -66,7 +72,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         }[bool(handler.request_streaming), bool(handler.response_streaming)]
         wrapped: grpc.RpcMethodHandler[Any, Any] = make_handler(
             answer_stream if handler.response_streaming else answer_once,
-            request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
         return wrapped

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from services.common.errors import LorafleetError, ResourceExhausted, Unavailable
+from services.common.failpoints import failpoint
+from services.common.store.disk_errors import disk_errors
 from services.common.store.interface import (
     STREAM_CHUNK_BYTES,
     ObjectExistsError,
@@ -23,7 +24,6 @@ from services.common.store.interface import (
 
 _TEMPORARY = ".tmp"
 _ABANDONED_SECONDS = 24 * 3600
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class DirectoryStore:
@@ -37,15 +37,16 @@ class DirectoryStore:
         self._root = root
         self._temporary = root / _TEMPORARY
 
+    @property
+    def scratch_dir(self) -> Path:
+        """See `ObjectStore.scratch_dir`; what is left there is swept with the rest."""
+        return self._temporary
+
     def ready(self) -> None:
         """Create the folder where it is missing, and sweep abandoned temporary files."""
         with _translated():
             self._temporary.mkdir(parents=True, exist_ok=True)
-            oldest = time.time() - _ABANDONED_SECONDS
-            for path in self._temporary.iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    if path.stat().st_mtime < oldest:
-                        path.unlink()
+        self.sweep(older_than_seconds=_ABANDONED_SECONDS)
 
     def put(self, key: str, data: bytes | Iterable[bytes], *, if_absent: bool = False) -> None:
         """Store `data`; see `ObjectStore.put`."""
@@ -57,10 +58,12 @@ class DirectoryStore:
             try:
                 self._write(temporary, chunks)
                 self._make_folders(target.parent)
+                failpoint("store.before_visible")
                 if if_absent:
                     self._link(temporary, target)
                 else:
                     temporary.replace(target)
+                failpoint("store.before_sync")
                 _sync_folder(target.parent)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -69,6 +72,19 @@ class DirectoryStore:
         """Store the bytes of the file at `path`; see `ObjectStore.put_file`."""
         with path.open("rb") as file:
             self.put(key, _chunks(file), if_absent=if_absent)
+
+    def move_file(self, key: str, path: Path) -> None:
+        """Store the file at `path` itself where it lies on the same disk; see `ObjectStore.move_file`."""
+        target = self._path(key)
+        with _translated():
+            self._make_folders(target.parent)
+            if path.stat().st_dev == target.parent.stat().st_dev:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                path.replace(target)
+                _sync_folder(target.parent)
+                return
+        self.put_file(key, path)
 
     def get(self, key: str) -> bytes:
         """Return the bytes of an object; see `ObjectStore.get`."""
@@ -105,6 +121,20 @@ class DirectoryStore:
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return
             _sync_folder(path.parent)
+
+    def sweep(self, *, older_than_seconds: float) -> int:
+        """Remove abandoned temporary files; see `ObjectStore.sweep`."""
+        num_swept = 0
+        oldest = time.time() - older_than_seconds
+        with _translated():
+            if not self._temporary.is_dir():
+                return 0
+            for path in self._temporary.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime < oldest:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        num_swept += 1
+        return num_swept
 
     def close(self) -> None:
         """Nothing is held open between calls."""
@@ -174,19 +204,10 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _translated(key: str | None = None) -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        if key is not None:
+    with disk_errors("object store"):
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            if key is None:
+                raise
             raise ObjectNotFoundError(key) from error
-        raise _unavailable(error) from error
-    except OSError as error:
-        if error.errno in _FULL:
-            message = "The object store has no room left."
-            raise ResourceExhausted("storage_full", message, resource="object store") from error
-        raise _unavailable(error) from error
-
-
-def _unavailable(error: OSError) -> LorafleetError:
-    message = f"The object store cannot be used: {error.strerror or type(error).__name__}."
-    return Unavailable("store_unavailable", message, resource="object store")

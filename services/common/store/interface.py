@@ -47,6 +47,11 @@ class ObjectStore(Protocol):
     threads.
     """
 
+    @property
+    def scratch_dir(self) -> Path | None:
+        """Where files lie so that `move_file` need not copy them; None where that is nowhere."""
+        ...
+
     def ready(self) -> None:
         """Check that the store can be used, and create its folder or bucket where that is missing."""
         ...
@@ -62,6 +67,11 @@ class ObjectStore(Protocol):
 
     def put_file(self, key: str, path: Path, *, if_absent: bool = False) -> None:
         """As `put`, with the bytes of the file at `path`."""
+        ...
+
+    def move_file(self, key: str, path: Path) -> None:
+        """As `put_file`, but the file at `path` is given away: it may be gone afterwards, and nobody may
+        change it."""
         ...
 
     def get(self, key: str) -> bytes:
@@ -87,6 +97,10 @@ class ObjectStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens where there is none."""
+        ...
+
+    def sweep(self, *, older_than_seconds: float) -> int:
+        """Remove what writers that died half way have left, and return how many such pieces there were."""
         ...
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,6 +28,14 @@ _MISSING: Final = frozenset({"NoSuchKey", "NoSuchObject"})
 _OWNED: Final = frozenset({"BucketAlreadyOwnedByYou", "BucketAlreadyExists"})
 _FULL: Final = frozenset({"XMinioStorageFull", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded"})
 _BAD_RANGE: Final = "InvalidRange"
+_CUT: Final = (urllib3.exceptions.ProtocolError, urllib3.exceptions.ReadTimeoutError)
+_EXPLAINED: Final = {
+    "RequestTimeTooSkewed": "the clocks of this machine and of the store are too far apart",
+    "AccessDenied": "the credentials may not do this",
+    "InvalidAccessKeyId": "it does not know the access key",
+    "SignatureDoesNotMatch": "the secret key is wrong",
+    "SlowDown": "it is overloaded",
+}
 
 
 class S3Store:
@@ -61,6 +70,7 @@ class S3Store:
         connections: int = 16,
     ) -> None:
         self._bucket = bucket
+        self._retries = retries
         self._pool = urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=connect_timeout_seconds, read=read_timeout_seconds),
             maxsize=connections,
@@ -69,6 +79,11 @@ class S3Store:
         self._client = Minio(
             endpoint, access_key, secret_key, secure=secure, region=region, http_client=self._pool
         )
+
+    @property
+    def scratch_dir(self) -> None:
+        """Nowhere: everything travels; see `ObjectStore.scratch_dir`."""
+        return
 
     def ready(self) -> None:
         """Create the bucket where it is missing."""
@@ -101,13 +116,32 @@ class S3Store:
             file.seek(0)
             self._client.put_object(self._bucket, key, file, size_bytes, part_size=_PART_BYTES)
 
+    def move_file(self, key: str, path: Path) -> None:
+        """Store the bytes of the file at `path`; see `ObjectStore.move_file`."""
+        self.put_file(key, path)
+
     def get(self, key: str) -> bytes:
         """Return the bytes of an object; see `ObjectStore.get`."""
         return b"".join(self.stream(key))
 
     def stream(self, key: str, *, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
-        """Yield bytes of an object; see `ObjectStore.stream`."""
+        """Yield bytes of an object, across cut connections; see `ObjectStore.stream`."""
         checked_key(key)
+        end = None if length is None else offset + length
+        cuts = 0
+        while True:
+            try:
+                for chunk in self._stream_once(key, offset, None if end is None else end - offset):
+                    yield chunk
+                    offset += len(chunk)
+            except _CUT as error:
+                cuts += 1
+                if cuts > self._retries:
+                    raise _unreachable(error) from error
+            else:
+                return
+
+    def _stream_once(self, key: str, offset: int, length: int | None) -> Iterator[bytes]:
         # To the client, length 0 means "to the end".
         if length == 0:
             self.stat(key)
@@ -144,6 +178,25 @@ class S3Store:
         """Remove an object; see `ObjectStore.delete`."""
         with _translated():
             self._client.remove_object(self._bucket, checked_key(key))
+
+    def sweep(self, *, older_than_seconds: float) -> int:
+        """Abort multipart uploads that were never completed; see `ObjectStore.sweep`."""
+        oldest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=older_than_seconds)
+        num_swept = 0
+        marker: str | None = None
+        with _translated():
+            while True:
+                # The client has no public call for either step.
+                page = self._client._list_multipart_uploads(self._bucket, key_marker=marker)
+                for upload in page.uploads:
+                    if upload.initiated_time < oldest:
+                        self._client._abort_multipart_upload(
+                            self._bucket, upload.object_name, upload.upload_id
+                        )
+                        num_swept += 1
+                if not page.is_truncated or not page.next_key_marker:
+                    return num_swept
+                marker = page.next_key_marker
 
     def close(self) -> None:
         """Close the connections."""
@@ -184,8 +237,18 @@ def _translated(key: str | None = None) -> Iterator[None]:
         if error.code in _FULL:
             message = "The object store has no room left."
             raise ResourceExhausted("storage_full", message, resource="object store") from error
-        message = f"The object store answered {error.code}."
+        explanation = _EXPLAINED.get(error.code)
+        message = f"The object store answered {error.code}" + (f": {explanation}." if explanation else ".")
         raise Unavailable("store_unavailable", message, resource="object store") from error
+    except _CUT as error:
+        if key is not None:
+            # A stream goes on from where it was cut.
+            raise
+        raise _unreachable(error) from error
     except (MinioException, urllib3.exceptions.HTTPError) as error:
-        message = f"The object store cannot be reached ({type(error).__name__})."
-        raise Unavailable("store_unavailable", message, resource="object store") from error
+        raise _unreachable(error) from error
+
+
+def _unreachable(error: Exception) -> Unavailable:
+    message = f"The object store cannot be reached ({type(error).__name__})."
+    return Unavailable("store_unavailable", message, resource="object store")

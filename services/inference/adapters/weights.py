@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from services.common import adapter_format
-from services.common.adapter_format import CONFIG_FILE, WEIGHTS_FILE
+from services.common.adapter_format import CONFIG_FILE, WEIGHTS_FILE, AdapterKind
 from services.common.errors import FailedPrecondition
 from services.inference.adapters.targets import LoraTargets
 
@@ -71,12 +71,20 @@ def read_adapter(folder: Path, targets: LoraTargets, dtype: torch.dtype) -> Adap
 
     Raises:
         InvalidArgument, ResourceExhausted: with the reasons of `adapter_format.read_adapter`.
-        FailedPrecondition: `adapter_module_unsupported` for layers outside the decoder's layers,
-        `adapter_empty`.
+        FailedPrecondition: `unsupported_adapter_kind` for all but plain LoRA, `adapter_module_unsupported`
+        for layers outside the decoder's layers, `adapter_empty`.
     """
     summary = adapter_format.read_adapter(
         (folder / CONFIG_FILE).read_bytes(), folder / WEIGHTS_FILE, base_modules=targets.module_table
     )
+    if summary.kind is not AdapterKind.LORA:
+        raise FailedPrecondition(
+            "unsupported_adapter_kind",
+            f"The adapter is of kind {summary.kind.value}; only {AdapterKind.LORA.value} is served.",
+            field="weights",
+            value=summary.kind.value,
+            limit=AdapterKind.LORA.value,
+        )
     if not summary.modules:
         raise FailedPrecondition("adapter_empty", "The adapter has no tensors.", field="weights")
     pairs = {}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,22 +15,43 @@ from services.common.names import AdapterRef
 from services.registry import convert, paging
 from services.registry.adapters import Adapters
 from services.registry.aliases import Aliases
+from services.registry.leases import Leases
 from services.registry.lookup import Lookup
 from services.registry.publishing import Incoming
+from services.registry.scratch import Scratch
 from services.registry.servicers.chunks import check_chunk, length_or_all
+from services.registry.token_secret import TokenSource
 from services.registry.uninterrupted import in_thread
+from services.registry.usage import Usage
+from services.registry.watching import Watching
+
+RESUME_METADATA = "lorafleet-resume-token"
 
 
 class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
-    """Publishes, resolves, serves and retires versions, and moves aliases, for the tenant of the call."""
+    """Publishes, resolves, serves and retires versions, moves aliases and tells of it, for the tenant of the
+    call."""
 
     def __init__(
-        self, lookup: Lookup, adapters: Adapters, aliases: Aliases, scratch_dir: Path | None
+        self,
+        *,
+        lookup: Lookup,
+        adapters: Adapters,
+        aliases: Aliases,
+        watching: Watching,
+        leases: Leases,
+        usage: Usage,
+        tokens: TokenSource,
+        scratch: Scratch,
     ) -> None:
         self._lookup = lookup
         self._adapters = adapters
         self._aliases = aliases
-        self._scratch_dir = scratch_dir
+        self._watching = watching
+        self._leases = leases
+        self._usage = usage
+        self._tokens = tokens
+        self._scratch = scratch
 
     async def PublishVersion(  # noqa: N802
         self,
@@ -45,8 +64,8 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         version = await self._adapters.published(tenant, publication)
         if version is None:
             with (
-                tempfile.TemporaryDirectory(prefix="lorafleet-publish-", dir=self._scratch_dir) as folder,
-                contextlib.closing(Incoming(publication, Path(folder))) as incoming,
+                self._scratch.folder() as folder,
+                contextlib.closing(Incoming(publication, folder)) as incoming,
             ):
                 async for request in request_iterator:
                     if request.WhichOneof("message") != "chunk":
@@ -68,12 +87,14 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapter_pb2.ListAdaptersResponse:
         """See adapter.proto."""
+        tokens, tenant = await self._tokens.get(), current_tenant()
+        scope = (tenant, "adapters", request.name_contains)
         size = paging.page_size(request.page_size)
-        after = paging.position(request.page_token)
-        found, more = await self._lookup.page(current_tenant(), after, size, request.name_contains)
+        after = tokens.position(request.page_token, *scope)
+        found, more = await self._lookup.page(tenant, after, size, request.name_contains)
         return adapter_pb2.ListAdaptersResponse(
             adapters=[convert.adapter_to_message(adapter) for adapter in found],
-            next_page_token=paging.token_after(found[-1].name) if more else "",
+            next_page_token=tokens.after(found[-1].name, *scope) if more else "",
         )
 
     async def DeleteAdapter(  # noqa: N802
@@ -94,16 +115,18 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.ListVersionsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapter_pb2.ListVersionsResponse:
         """See adapter.proto."""
+        tokens, tenant = await self._tokens.get(), current_tenant()
+        scope = (tenant, "versions", request.adapter, str(request.include_deleted))
         versions, more = await self._lookup.versions_page(
-            current_tenant(),
+            tenant,
             request.adapter,
-            paging.number_position(request.page_token),
+            tokens.number(request.page_token, *scope),
             paging.page_size(request.page_size),
             include_deleted=request.include_deleted,
         )
         return adapter_pb2.ListVersionsResponse(
             versions=[convert.version_to_message(version) for version in versions],
-            next_page_token=paging.token_after(versions[-1].record.version) if more else "",
+            next_page_token=tokens.after(versions[-1].record.version, *scope) if more else "",
         )
 
     async def DownloadVersion(  # noqa: N802
@@ -147,16 +170,18 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.ListAliasHistoryRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapter_pb2.ListAliasHistoryResponse:
         """See adapter.proto."""
+        tokens, tenant = await self._tokens.get(), current_tenant()
+        scope = (tenant, "moves", request.adapter, request.alias)
         moves, more = await self._aliases.history(
-            current_tenant(),
+            tenant,
             request.adapter,
             request.alias,
-            paging.number_position(request.page_token),
+            tokens.number(request.page_token, *scope),
             paging.page_size(request.page_size),
         )
         return adapter_pb2.ListAliasHistoryResponse(
             moves=[convert.alias_to_message(move) for move in moves],
-            next_page_token=paging.token_after(moves[-1].generation) if more else "",
+            next_page_token=tokens.after(moves[-1].generation, *scope) if more else "",
         )
 
     async def RollbackAlias(  # noqa: N802
@@ -175,6 +200,41 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         """See adapter.proto."""
         await self._aliases.delete(current_tenant(), request.adapter, request.alias)
         return adapter_pb2.DeleteAliasResponse()
+
+    async def WatchAdapters(  # noqa: N802
+        self, request: adapter_pb2.WatchAdaptersRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[adapter_pb2.AdapterEvent]:
+        """See adapter.proto."""
+        tokens, tenant = await self._tokens.get(), current_tenant()
+        scope = (tenant, "events")
+        start = await self._watching.start(tokens.number(request.resume_token, *scope))
+        # So that a watch that hears nothing can be resumed, too.
+        await context.send_initial_metadata(((RESUME_METADATA, tokens.after(start, *scope)),))
+        async with contextlib.aclosing(self._watching.events(tenant, start)) as events:
+            async for event in events:
+                yield convert.event_to_message(event, tokens.after(event.row.sequence, *scope))
+
+    async def AcquireLease(  # noqa: N802
+        self, request: adapter_pb2.AcquireLeaseRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapter_pb2.Lease:
+        """See adapter.proto."""
+        lease = await self._leases.acquire(
+            current_tenant(), request.digest, request.holder, request.ttl_seconds
+        )
+        return convert.lease_to_message(lease)
+
+    async def ReleaseLease(  # noqa: N802
+        self, request: adapter_pb2.ReleaseLeaseRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapter_pb2.ReleaseLeaseResponse:
+        """See adapter.proto."""
+        await self._leases.release(current_tenant(), request.digest, request.holder)
+        return adapter_pb2.ReleaseLeaseResponse()
+
+    async def GetUsage(  # noqa: N802
+        self, request: adapter_pb2.GetUsageRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapter_pb2.Usage:
+        """See adapter.proto."""
+        return convert.usage_to_message(await self._usage.of(current_tenant()))
 
 
 async def _header(

@@ -11,13 +11,15 @@ from services.common.errors import InvalidArgument
 from services.registry import convert, paging
 from services.registry.bases import Bases
 from services.registry.clock import now_ms
+from services.registry.token_secret import TokenSource
 
 
 class BaseModelServicer(base_model_pb2_grpc.BaseModelServiceServicer):
     """Registers and finds bases; they are shared by all tenants."""
 
-    def __init__(self, bases: Bases) -> None:
+    def __init__(self, bases: Bases, tokens: TokenSource) -> None:
         self._bases = bases
+        self._tokens = tokens
 
     async def CreateBaseModel(  # noqa: N802
         self, request: base_model_pb2.CreateBaseModelRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -44,8 +46,9 @@ class BaseModelServicer(base_model_pb2_grpc.BaseModelServiceServicer):
     ) -> base_model_pb2.ListBaseModelsResponse:
         """See base_model.proto."""
         size = paging.page_size(request.page_size)
-        bases, more = await self._bases.page(paging.position(request.page_token), size)
+        tokens = await self._tokens.get()
+        bases, more = await self._bases.page(tokens.position(request.page_token, "bases"), size)
         return base_model_pb2.ListBaseModelsResponse(
             base_models=[convert.base_to_message(base) for base in bases],
-            next_page_token=paging.token_after(bases[-1].name) if more else "",
+            next_page_token=tokens.after(bases[-1].name, "bases") if more else "",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grpc
+import hypothesis
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
@@ -104,6 +105,51 @@ def test_an_error_survives_the_wire(
     assert vars(back) == vars(error)
 
 
+WORDS = st.from_regex(r"[a-z][a-z0-9_]{0,20}", fullmatch=True)
+TEXTS = st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace").decode())
+
+
+@hypothesis.settings(max_examples=20)
+@given(
+    reason=WORDS,
+    message=TEXTS,
+    violations=st.lists(st.builds(FieldViolation, field=WORDS, description=TEXTS, reason=WORDS), max_size=4),
+    resource=st.none() | st.builds("{}/{}".format, WORDS, WORDS),
+    retry_after_seconds=st.none() | st.integers(0, 10**6).map(lambda n: n / 1000),
+    metadata=st.dictionaries(st.from_regex(r"x_[a-z]{1,8}", fullmatch=True), TEXTS, max_size=3),
+)
+@pytest.mark.parametrize("code", Code)
+def test_every_code_survives_the_wire_with_every_kind_of_detail(
+    code: Code,
+    reason: str,
+    message: str,
+    violations: list[FieldViolation],
+    resource: str | None,
+    retry_after_seconds: float | None,
+    metadata: dict[str, str],
+) -> None:
+    error = TABLE[code].error_class(
+        reason,
+        message,
+        violations=violations,
+        resource=resource,
+        retry_after_seconds=retry_after_seconds,
+        metadata=metadata,
+    )
+    back = round_trip(error)
+    assert type(back) is type(error)
+    assert vars(back) == vars(error)
+    wanted = {
+        "ErrorInfo": True,
+        "BadRequest": bool(violations),
+        "PreconditionFailure": code is Code.FAILED_PRECONDITION,
+        "QuotaFailure": code is Code.RESOURCE_EXHAUSTED,
+        "ResourceInfo": resource is not None,
+        "RetryInfo": retry_after_seconds is not None,
+    }
+    assert detail_names(error) == {name for name, is_there in wanted.items() if is_there}
+
+
 def test_details_fit_the_error() -> None:
     assert detail_names(errors.InvalidArgument("bad_name", "m")) == {"ErrorInfo"}
     assert detail_names(errors.InvalidArgument("bad_name", "m", field="f")) == {"ErrorInfo", "BadRequest"}
@@ -174,5 +220,9 @@ def test_values_and_messages_are_capped() -> None:
     assert error.limit is not None
     assert (len(error.message), len(error.value), len(error.limit)) == (2000, 200, 200)
     assert str(error).startswith("bad_name: mmm")
+
+
+@pytest.mark.skipif(not __debug__, reason="our own asserts are not run under python -O")
+def test_a_reason_that_is_no_word_is_our_own_mistake() -> None:
     with pytest.raises(AssertionError):
         errors.NotFound("Not a reason", "m")

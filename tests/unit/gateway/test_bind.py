@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
@@ -37,4 +38,9 @@ def test_only_loopback_unless_told_otherwise() -> None:
     with pytest.raises(FailedPrecondition, match="insecure_bind"):
         bind(settings(EVERYWHERE))
     with bind(settings(EVERYWHERE, insecure_bind=True)) as listener:
+        assert listener.getsockname()[1] > 0
+    over_tls = settings(EVERYWHERE).model_copy(
+        update={"tls_cert_file": Path("/c"), "tls_key_file": Path("/k")}
+    )
+    with bind(over_tls) as listener:
         assert listener.getsockname()[1] > 0

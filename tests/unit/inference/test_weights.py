@@ -81,8 +81,6 @@ def broken(folder: Path, how: str) -> None:
             tensors = {name.replace("layers.0", "layers.7"): tensor for name, tensor in tensors.items()}
         case "dora":
             config["use_dora"] = True
-        case "bias":
-            config["bias"] = "all"
         case "unknown key":
             config["new_feature"] = 3
         case "not finite":
@@ -105,7 +103,6 @@ def broken(folder: Path, how: str) -> None:
         "wrong rank",
         "unknown module",
         "dora",
-        "bias",
         "unknown key",
         "not finite",
         "truncated",
@@ -119,6 +116,35 @@ def test_a_folder_that_would_not_be_served_as_written_is_refused(
     broken(folder, how)
     with pytest.raises(LorafleetError):
         read_adapter(folder, TARGETS, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config_change", "part", "length"),
+    [
+        ("lora+bias", {"lora_bias": True}, "lora_B.bias", None),
+        ("lora+bias", {"bias": "all"}, "base_layer.bias", None),
+        ("lora+scale", {"use_dora": True}, "lora_magnitude_vector", None),
+        ("head", {"modules_to_save": ["lm_head"]}, "lm_head.weight", 264),
+    ],
+)
+def test_a_kind_that_is_not_served_is_refused_by_name(
+    base: Path, tmp_path: Path, kind: str, config_change: dict[str, Any], part: str, length: int | None
+) -> None:
+    folder = make_peft_adapter(base, tmp_path / "a")
+    path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = load_file(path)
+    if length is None:
+        for name, tensor in list(tensors.items()):
+            if name.endswith("lora_B.weight"):
+                tensors[name.removesuffix("lora_B.weight") + part] = torch.ones(tensor.shape[0])
+    else:
+        tensors[f"base_model.model.{part}"] = torch.ones(length, 64)
+    save_file(tensors, path)
+    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | config_change))
+    with pytest.raises(LorafleetError) as caught:
+        read_adapter(folder, TARGETS, torch.float32)
+    assert caught.value.reason == "unsupported_adapter_kind"
+    assert caught.value.value == repr(kind)
 
 
 def test_a_layer_outside_the_decoder_is_refused_by_name(base: Path, tmp_path: Path) -> None:

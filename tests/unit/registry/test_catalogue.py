@@ -18,10 +18,11 @@ from services.registry.catalogue import Catalogue
 from services.registry.index import Index, tenant_key
 from services.registry.journal import Journal
 from services.registry.records import FileDeletion, FilePurpose, FileRecord
+from services.registry.writer import Writer
 
 
 class SlowStore(DirectoryStore):
-    """A directory whose puts wait until they are let go."""
+    """A directory in which the records of tenants wait until they are let go."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -29,8 +30,9 @@ class SlowStore(DirectoryStore):
         self.may_go_on = threading.Event()
 
     def put(self, key: str, data: object, *, if_absent: bool = False) -> None:
-        self.started.set()
-        assert self.may_go_on.wait(10)
+        if key.startswith("tenants/"):
+            self.started.set()
+            assert self.may_go_on.wait(10)
         super().put(key, data, if_absent=if_absent)  # type: ignore[arg-type]
 
 
@@ -47,6 +49,10 @@ def record(number: int) -> FileRecord:
     )
 
 
+def catalogue_of(store: DirectoryStore, redis: Redis) -> Catalogue:
+    return Catalogue(store, Index(redis), Writer(store, redis))
+
+
 async def ids(catalogue: Catalogue) -> list[bytes]:
     [found] = await catalogue.query(("HKEYS", tenant_key("acme", "files")))
     return sorted(found)
@@ -61,7 +67,7 @@ async def test_a_writer_that_leaves_half_way_does_not_let_others_in(
     tmp_path: Path, redis_client: Redis
 ) -> None:
     store = SlowStore(tmp_path)
-    catalogue = Catalogue(store, Index(redis_client))
+    catalogue = catalogue_of(store, redis_client)
     assert await ids(catalogue) == []
     first = asyncio.create_task(append(catalogue, 1))
     await asyncio.to_thread(store.started.wait)
@@ -81,7 +87,7 @@ async def test_a_writer_that_leaves_half_way_does_not_let_others_in(
 async def test_a_failed_write_is_compared_with_the_store(
     tmp_path: Path, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    catalogue = Catalogue(DirectoryStore(tmp_path), Index(redis_client))
+    catalogue = catalogue_of(DirectoryStore(tmp_path), redis_client)
     await append(catalogue, 1)
     put = DirectoryStore.put
 
@@ -116,7 +122,7 @@ async def test_rebuild_that_is_emptied_amid_starts_again(
         return await original(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(redis_client, "eval", flush_first)
-    catalogue = Catalogue(store, Index(redis_client))
+    catalogue = catalogue_of(store, redis_client)
     assert len(await ids(catalogue)) == 4
     assert flushes == 2
     await other.aclose()
@@ -131,14 +137,14 @@ async def test_rebuild_gives_up_with_a_typed_error(
     monkeypatch.setattr(Index, "replace", always_emptied)
     Journal(DirectoryStore(tmp_path)).append(record(1))
     with pytest.raises(LorafleetError) as caught:
-        await ids(Catalogue(DirectoryStore(tmp_path), Index(redis_client)))
+        await ids(catalogue_of(DirectoryStore(tmp_path), redis_client))
     assert caught.value.reason == "store_unavailable"
 
 
 async def test_rebuild_leaves_other_keys_alone(tmp_path: Path, redis_client: Redis) -> None:
     await redis_client.set("gateway:key", "x")
     await redis_client.hset("registry:t:acme:files", "file-old", "{}")
-    catalogue = Catalogue(DirectoryStore(tmp_path), Index(redis_client))
+    catalogue = catalogue_of(DirectoryStore(tmp_path), redis_client)
     assert await catalogue.rebuild() == 0
     assert await ids(catalogue) == []
     assert await redis_client.get("gateway:key") == b"x"
@@ -156,8 +162,8 @@ async def test_objects_that_are_not_records_do_not_count(tmp_path: Path) -> None
 async def test_a_commit_does_not_revive_an_emptied_index(redis_client: Redis) -> None:
     index = Index(redis_client)
     assert await index.replace([], extra=[], num_records=0)
-    assert await index.commit(record(1), num_records_before=0)
-    assert not await index.commit(record(2), num_records_before=0)
+    assert await index.commit(record(1), num_records_before=0, writer="")
+    assert not await index.commit(record(2), num_records_before=0, writer="")
     await redis_client.flushall()
-    assert not await index.commit(record(2), num_records_before=1)
+    assert not await index.commit(record(2), num_records_before=1, writer="")
     assert await redis_client.keys("*") == []

@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from services.common.adapter_format import read_adapter, read_header
-from services.common.adapter_format.patterns import matches_key
+from services.common.adapter_format.patterns import PatternTable
 from services.common.errors import LorafleetError
 from tests.support.adapter_files import (
     config_bytes,
@@ -71,14 +71,16 @@ def test_replaced_values(index: int, key: str, value: object) -> None:
     check(safetensors_bytes(lora_tensors(seed=1), header=json.dumps(header).encode()))
 
 
-keys = st.from_regex(r"[ab]{1,2}(\.[ab]{1,2}){0,2}", fullmatch=True)
-pieces = st.text(alphabet="ab.", max_size=4)
+keys = st.from_regex(r"\^?[ab]{1,2}(\.[ab]{1,2}){0,2}", fullmatch=True)
+modules = st.text(alphabet="ab.", min_size=1, max_size=9)
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.sampled_from(["", "^"]), keys, pieces, st.sampled_from([".", "a"]), pieces | st.just(""))
-@example("", "a", "b", ".", "")
-def test_patterns_match_as_in_peft(anchor: str, key: str, before: str, dot: str, after: str) -> None:
-    pattern, module = anchor + key, before + key.replace(".", dot) + after
+@given(st.lists(keys, min_size=1, max_size=4, unique=True), modules)
+@example(["a"], "ba")
+@example(["b.a"], "bba")
+@example(["^b", "b"], "a.b")
+def test_patterns_match_as_in_peft(patterns: list[str], module: str) -> None:
     # PEFT answers with the pattern that fits, or with the module's own name.
-    assert matches_key(pattern, module) == (get_pattern_key([pattern], module) == pattern)
+    table = PatternTable({pattern: pattern for pattern in patterns})
+    assert table.value_of(module, module) == get_pattern_key(patterns, module)

@@ -11,12 +11,18 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from services.common.adapter_format import (
     AdapterCard,
     AdapterKind,
     AdapterLimits,
+    OutputHead,
     export_folder,
     read_folder,
 )
@@ -111,27 +117,65 @@ def test_fresh_adapter_is_marked_noop(base: Path, tmp_path: Path) -> None:
     assert read_folder(tmp_path / "adapter").warnings == ("noop_adapter",)
 
 
+def biased_llama() -> LlamaForCausalLM:
+    """A small model whose attention layers have biases."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 40}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, attention_bias=True))
+
+
+# PEFT takes the one-dimensional bias of B for a damaged matrix.
 @pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
 @pytest.mark.parametrize(
-    ("feature", "settings"),
+    ("kind", "settings"),
     [
-        ("use_dora", {"use_dora": True}),
-        ("modules_to_save", {"modules_to_save": ["lm_head"]}),
-        ("lora_bias", {"lora_bias": True, "init_lora_weights": True}),
-        ("bias", {"bias": "lora_only"}),
-        ("trainable_token_indices", {"trainable_token_indices": [1, 2]}),
-        ("init_lora_weights", {"init_lora_weights": "pissa"}),
+        (AdapterKind.LORA_BIAS, {"lora_bias": True}),
+        (AdapterKind.LORA_BIAS, {"bias": "lora_only"}),
+        (AdapterKind.LORA_SCALE, {"use_dora": True}),
+        (AdapterKind.HEAD, {"modules_to_save": ["lm_head"]}),
+        (AdapterKind.LORA, {"target_modules": "all-linear"}),
+        (AdapterKind.LORA, {"target_modules": ["q_proj"], "layers_to_transform": [0]}),
+        (AdapterKind.LORA, {"task_type": None}),
     ],
 )
-def test_peft_features_that_we_do_not_serve_are_named(
-    base: Path, tmp_path: Path, feature: str, settings: dict[str, object]
+def test_kinds_that_peft_writes(tmp_path: Path, kind: AdapterKind, settings: dict[str, object]) -> None:
+    config = LoraConfig(**({"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | settings))
+    wrap_with_peft(biased_llama(), config).save_pretrained(tmp_path, save_embedding_layers=False)
+    (tmp_path / "README.md").unlink(missing_ok=True)
+    summary = read_folder(tmp_path)
+    assert summary.kind is kind
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert summary.num_parameters == sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+
+
+def test_classifier_that_peft_writes(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 40}
+    model = LlamaForSequenceClassification(LlamaConfig(**sizes, num_attention_heads=4, num_labels=3))
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    wrap_with_peft(model, config).save_pretrained(tmp_path, save_embedding_layers=False)
+    summary = read_folder(tmp_path)
+    assert summary.kind is AdapterKind.HEAD
+    assert summary.head == OutputHead("score", 32, 3, False)
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize(
+    ("reason", "feature", "settings"),
+    [
+        ("unsupported_feature", "trainable_token_indices", {"trainable_token_indices": [1, 2]}),
+        ("unsupported_feature", "init_lora_weights", {"init_lora_weights": "pissa"}),
+        ("unsupported_field", "target_modules", {"target_modules": r".*\.q_proj"}),
+        ("unsupported_field", "exclude_modules", {"exclude_modules": r".*\.1\..*"}),
+    ],
+)
+def test_peft_features_outside_the_format_are_named(
+    base: Path, tmp_path: Path, reason: str, feature: str, settings: dict[str, object]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
-    wrap_with_peft(model, config).save_pretrained(tmp_path / "adapter")
+    config = LoraConfig(**({"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | settings))
+    wrap_with_peft(model, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with pytest.raises(InvalidArgument) as caught:
         read_folder(tmp_path / "adapter")
-    assert caught.value.reason == "unsupported_feature"
+    assert caught.value.reason == reason
     assert caught.value.field == f"config.{feature}"
 
 

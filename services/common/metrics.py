@@ -1,0 +1,89 @@
+"""Every metric of every service, declared in one table before it is used.
+
+Names follow OpenTelemetry's conventions; the Prometheus port shows `rpc.server.call.duration` in seconds as
+`rpc_server_call_duration_seconds`. An instrument can be had only for a name in the table::
+
+    _calls = metrics.histogram("rpc.server.call.duration")
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+from opentelemetry import metrics
+from opentelemetry.metrics import Counter, Histogram, Meter, UpDownCounter
+
+
+class Kind(Enum):
+    """How a metric adds up."""
+
+    COUNTER = "counter"
+    UP_DOWN_COUNTER = "up_down_counter"
+    HISTOGRAM = "histogram"
+
+
+class Metric(NamedTuple):
+    """One row of the table: its unit in UCUM, what it tells, and the attributes that it comes with."""
+
+    kind: Kind
+    unit: str
+    description: str
+    attributes: tuple[str, ...]
+    boundaries: tuple[float, ...] = ()
+    """Upper bounds of a histogram's buckets."""
+
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 3600)
+
+METRICS: dict[str, Metric] = {
+    "rpc.server.call.duration": Metric(
+        Kind.HISTOGRAM,
+        "s",
+        "Time from a call's arrival to its end, by how it ended.",
+        ("rpc.method", "rpc.response.status_code", "error.type"),
+        _SECONDS,
+    ),
+    "lorafleet.rpc.server.calls_in_flight": Metric(
+        Kind.UP_DOWN_COUNTER, "{call}", "Calls that have arrived and not ended.", ("rpc.method",)
+    ),
+    "lorafleet.rpc.server.calls_without_deadline": Metric(
+        Kind.COUNTER, "{call}", "Calls whose client set no deadline.", ("rpc.method",)
+    ),
+    "lorafleet.server.info": Metric(
+        Kind.UP_DOWN_COUNTER,
+        "{server}",
+        "1 for the server of this process: how its callers connect, and whether it was told to open anyway.",
+        ("security", "insecure_bind"),
+    ),
+}
+
+
+def counter(name: str) -> Counter:
+    """Return the counter of this name; `KeyError` where the table has none."""
+    row = _declared(name, Kind.COUNTER)
+    return _meter().create_counter(name, row.unit, row.description)
+
+
+def up_down_counter(name: str) -> UpDownCounter:
+    """Return the counter of this name that also counts down; `KeyError` where the table has none."""
+    row = _declared(name, Kind.UP_DOWN_COUNTER)
+    return _meter().create_up_down_counter(name, row.unit, row.description)
+
+
+def histogram(name: str) -> Histogram:
+    """Return the histogram of this name; `KeyError` where the table has none."""
+    row = _declared(name, Kind.HISTOGRAM)
+    return _meter().create_histogram(
+        name, row.unit, row.description, explicit_bucket_boundaries_advisory=row.boundaries
+    )
+
+
+def _declared(name: str, kind: Kind) -> Metric:
+    row = METRICS[name]
+    assert row.kind is kind, f"{name} is declared as a {row.kind.value}"
+    return row
+
+
+def _meter() -> Meter:
+    return metrics.get_meter("lorafleet")

@@ -1,0 +1,231 @@
+"""Rows 121 to 135: stores that are down, slow, full, cut off or misbehaving, under a running registry."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import resource
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import redis.asyncio
+import urllib3
+from minio.error import S3Error
+
+from lorafleet.registry.v1 import file_pb2
+from services.common.errors import LorafleetError
+from services.common.store import S3Store
+from services.common.store.s3 import _translated
+from services.common.valkey import EmbeddedValkey
+from tests.support.fault_proxy import FaultProxy, fault_proxy
+from tests.support.registry import Client, Place, Upload, reason_of, registry_client, sha256
+from tests.support.registry_fixtures import WEIGHTS, client, local, s3_server, stored_keys
+from tests.support.s3_server import S3Server
+
+__all__ = ["client", "local", "s3_server"]
+
+MIB = 1024 * 1024
+
+
+async def eventually(call: Callable[[], Awaitable[object]], within_seconds: float) -> None:
+    """Wait until a call works."""
+    deadline = time.monotonic() + within_seconds
+    while True:
+        try:
+            await call()
+        except LorafleetError as error:
+            if error.reason != "store_unavailable" or time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.05)
+        else:
+            return
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=["restart", "kill -9"])
+async def test_row_121_the_index_goes_and_comes_back(tmp_path: Path, end: signal.Signals) -> None:
+    server = EmbeddedValkey.start(tmp_path / "valkey")
+    try:
+        place = Place.in_directory(server.url, tmp_path / "objects")
+        async with registry_client(place) as client:
+            await client.publish(Upload.made(0), key="a")
+            os.kill(server.pid, end)
+            server.stop()
+            assert await reason_of(client.publish(Upload.made(1), key="b")) == "store_unavailable"
+            assert await reason_of(client.resolve("billing")) == "store_unavailable"
+            server = EmbeddedValkey.start(tmp_path / "valkey", port=server.port)
+            await eventually(lambda: client.resolve("billing"), within_seconds=5)
+            assert (await client.publish(Upload.made(1), key="b")).version == 2
+    finally:
+        server.stop()
+
+
+async def test_row_123_a_damaged_index_file_costs_no_version(tmp_path: Path) -> None:
+    server = EmbeddedValkey.start(tmp_path / "valkey")
+    try:
+        place = Place.in_directory(server.url, tmp_path / "objects")
+        async with registry_client(place) as client:
+            for seed in range(3):
+                await client.publish(Upload.made(seed))
+            os.kill(server.pid, signal.SIGKILL)
+            server.stop()
+            [log] = (tmp_path / "valkey" / "appendonlydir").glob("*.incr.aof")
+            log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
+            server = EmbeddedValkey.start(tmp_path / "valkey", port=server.port)
+            await eventually(lambda: client.resolve("billing:3"), within_seconds=5)
+            assert await client.download("billing:3", WEIGHTS) == Upload.made(2).weights
+    finally:
+        server.stop()
+
+
+async def test_row_125_an_index_that_refuses_writes(client: Client, local: Place) -> None:
+    await client.publish(Upload.made(0))
+    async with redis.asyncio.Redis.from_url(local.redis_url) as index:
+        await index.config_set("min-replicas-to-write", 1)
+        try:
+            assert await reason_of(client.publish(Upload.made(1), key="b")) == "store_unavailable"
+        finally:
+            await index.config_set("min-replicas-to-write", 0)
+        await eventually(lambda: client.publish(Upload.made(1), key="b"), within_seconds=5)
+        assert (await client.resolve("billing")).version == 2
+
+
+@pytest.fixture
+async def index_proxy(redis_url: str) -> AsyncIterator[FaultProxy]:
+    parts = urlsplit(redis_url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    async with fault_proxy(parts.hostname, parts.port) as proxy:
+        yield proxy
+
+
+async def test_row_126_an_index_that_does_not_answer(index_proxy: FaultProxy, tmp_path: Path) -> None:
+    place = Place.in_directory(f"redis://127.0.0.1:{index_proxy.port}/0", tmp_path / "objects")
+    async with registry_client(place) as client:
+        await client.publish(Upload.made(0))
+        index_proxy.is_blackhole = True
+        started = time.monotonic()
+        assert await reason_of(client.resolve("billing")) == "store_unavailable"
+        assert time.monotonic() - started < 12
+        index_proxy.is_blackhole = False
+        await eventually(lambda: client.resolve("billing"), within_seconds=8)
+
+
+async def test_row_126_a_slow_index_is_waited_for(index_proxy: FaultProxy, tmp_path: Path) -> None:
+    place = Place.in_directory(f"redis://127.0.0.1:{index_proxy.port}/0", tmp_path / "objects")
+    async with registry_client(place) as client:
+        index_proxy.latency_seconds = 0.3
+        assert (await client.publish(Upload.made(0))).version == 1
+
+
+@pytest.fixture
+async def store_proxy(s3_server: S3Server) -> AsyncIterator[FaultProxy]:
+    parts = urlsplit(s3_server.endpoint)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    async with fault_proxy(parts.hostname, parts.port) as proxy:
+        yield proxy
+
+
+def behind(proxy: FaultProxy, server: S3Server, redis_url: str) -> Place:
+    through = dataclasses.replace(server, endpoint=f"http://127.0.0.1:{proxy.port}")
+    return Place.in_s3(redis_url, through, "faults-" + secrets.token_hex(8))
+
+
+async def test_row_127_the_object_store_goes_and_comes_back(
+    store_proxy: FaultProxy, s3_server: S3Server, redis_url: str
+) -> None:
+    async with registry_client(behind(store_proxy, s3_server, redis_url)) as client:
+        await client.publish(Upload.made(0))
+        await store_proxy.stop()
+        assert await reason_of(client.publish(Upload.made(1), key="b")) == "store_unavailable"
+        assert await reason_of(client.download("billing:1", WEIGHTS)) == "store_unavailable"
+        await store_proxy.start()
+        await eventually(lambda: client.publish(Upload.made(1), key="b"), within_seconds=10)
+        assert await client.download("billing:2", WEIGHTS) == Upload.made(1).weights
+
+
+async def test_row_129_a_read_that_is_cut_goes_on(
+    store_proxy: FaultProxy, s3_server: S3Server, redis_url: str
+) -> None:
+    data = os.urandom(3 * MIB)
+    async with registry_client(behind(store_proxy, s3_server, redis_url)) as client:
+        client_chunks = [data[start : start + MIB] for start in range(0, len(data), MIB)]
+        file = await create_file(client, client_chunks)
+        store_proxy.cut_after_bytes, store_proxy.num_cuts_left = MIB + 1000, 2
+        assert await client.download_file(file) == data
+        assert store_proxy.num_cuts_left == 0
+        store_proxy.cut_after_bytes, store_proxy.num_cuts_left = 1000, 1000
+        assert await reason_of(client.download_file(file)) == "store_unavailable"
+
+
+async def create_file(client: Client, chunks: list[bytes]) -> str:
+    header = file_pb2.CreateFileHeader(filename="a", purpose=file_pb2.FILE_PURPOSE_FINE_TUNE)
+    messages = [file_pb2.CreateFileRequest(header=header)]
+    messages += [file_pb2.CreateFileRequest(data=chunk) for chunk in chunks]
+    created: file_pb2.File = await client.call(client.files.CreateFile, iter(messages))
+    assert created.digest == sha256(b"".join(chunks))
+    return created.id
+
+
+def test_row_130_half_finished_multipart_uploads_are_swept(s3_server: S3Server) -> None:
+    bucket = "parts-" + secrets.token_hex(8)
+    store = S3Store(
+        urlsplit(s3_server.endpoint).netloc,
+        bucket,
+        access_key=s3_server.access_key,
+        secret_key=s3_server.secret_key,
+        secure=False,
+    )
+    store.ready()
+    store.put("whole", b"x")
+    store._client._create_multipart_upload(bucket, "half", {})
+    assert store.sweep(older_than_seconds=3600) == 0
+    time.sleep(1.1)
+    assert store.sweep(older_than_seconds=0) == 1
+    assert store.sweep(older_than_seconds=0) == 0
+    assert [found.key for found in store.list("")] == ["whole"]
+    store.close()
+
+
+async def test_row_133_revoked_credentials_are_named(s3_server: S3Server) -> None:
+    store = S3Store(
+        urlsplit(s3_server.endpoint).netloc,
+        "refused",
+        access_key=s3_server.access_key,
+        secret_key="another",
+        secure=False,
+    )
+    with pytest.raises(LorafleetError, match="secret key is wrong") as caught:
+        await asyncio.to_thread(lambda: list(store.list("")))
+    assert caught.value.reason == "store_unavailable"
+    store.close()
+
+
+def test_row_134_clock_skew_is_named() -> None:
+    with pytest.raises(LorafleetError, match="clocks") as caught, _translated():
+        raise S3Error(urllib3.HTTPResponse(status=403), "RequestTimeTooSkewed", "", "", "", "")
+    assert caught.value.reason == "store_unavailable"
+
+
+async def test_row_135_a_full_disk_refuses_and_keeps_what_is_there(client: Client, tmp_path: Path) -> None:
+    await client.publish(Upload.made(0))
+    before = stored_keys(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    # The whole process, and nothing but the registry writes here.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        assert await reason_of(client.publish(Upload.made(1), key="b")) == "storage_full"
+        assert await reason_of(client.create_file(bytes(5000))) == "storage_full"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert stored_keys(tmp_path) == before
+    assert await client.download("billing:1", WEIGHTS) == Upload.made(0).weights
+    assert (await client.publish(Upload.made(1), key="b")).version == 2
