@@ -13,8 +13,6 @@ from services.common.config import IndexSettings, ListenAddress, ServiceSettings
 from services.common.fingerprint import ComputeDtype, Quantization
 from services.common.store import ObjectStore, open_store
 
-# What bitsandbytes uses unless told otherwise; part of the base's fingerprint.
-
 
 class TrainerSettings(IndexSettings, StoreSettings, ServiceSettings):
     """What the service, its workers and their child processes read from the environment."""
