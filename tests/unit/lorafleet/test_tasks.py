@@ -10,7 +10,7 @@ from lorafleet.demo import scoring
 from lorafleet.demo.report import load_of
 from lorafleet.demo.scoring import Target
 from lorafleet.demo.tasks import TaskError, generated_tasks, load_tasks, write_training_file
-from lorafleet.demo.traffic import Answer, Ask
+from lorafleet.demo.traffic import Answer, Ask, Round
 
 
 def write_task(folder: Path, card: dict[str, Any], rows: int = 30, **row: Any) -> None:
@@ -106,7 +106,7 @@ def test_figures_of_a_load() -> None:
         Answer(ask, "ab", tokens=4, began_at=0.0, piece_times=[1.0, 1.2, 1.4], ended_at=2.0),
         Answer(ask, "", tokens=1, began_at=1.0, piece_times=[], ended_at=4.0),
     ]
-    load = load_of("both", answers, streams=2)
+    load = load_of("both", Round(answers), streams=2)
     assert (load.requests, load.completion_tokens, load.seconds) == (2, 5, 4.0)
     assert load.tokens_per_second == pytest.approx(1.25)
     # First text after 1 s; the other had none and took 3 s.
