@@ -52,7 +52,7 @@ test-gpu: setup ## tests that need a CUDA device
 	$(BIN)/pytest -m gpu --timeout 1800
 
 bench: setup ## every benchmark; the last line of each is JSON
-	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in bench/*.py; do $(BIN)/python -m bench.$$(basename $$script .py) || exit 1; done
 
 demo: setup ## fine-tune three adapters, serve them mixed, print the tables
 	$(BIN)/lorafleet demo $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS))

@@ -510,7 +510,9 @@ class PublishVersionHeader(_message.Message):
     base_fingerprint_digest: _builtins.str
     """Digest of a registered base fingerprint."""
     idempotency_key: _builtins.str
-    """1 to 64 printable characters; the same key with the same content returns the first result."""
+    """At most 64 printable characters; the same key with the same content returns the first result. Empty: each call makes a
+    version of its own.
+    """
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterFile]:
         """Both files with their digests and sizes."""

@@ -150,7 +150,8 @@ class AdapterServiceServicer:
         not_safetensors, header_too_large, header_bad_json, duplicate_tensor, bad_offsets, bad_shape, bad_dtype, non_finite_weights,
         weights_out_of_range, bad_rank, rank_mismatch, rank_too_large, bad_alpha, missing_tensor, unexpected_tensor, base_mismatch, unsupported_field,
         unsupported_feature, missing_file, unexpected_file, duplicate_key, bad_name, bad_digest, digest_mismatch;
-        config_too_large and too_large (RESOURCE_EXHAUSTED); base_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION).
+        unsafe_weight_format, archives_not_supported, header_not_utf8, bad_config, bad_card, bad_idempotency_key, bad_stream;
+        config_too_large, too_large, chunk_too_large and quota_exceeded (RESOURCE_EXHAUSTED); base_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -245,7 +246,9 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchAdapters(self, request, context):
-        """Streams what became ready, moved or was retired, from `resume_token` on without a gap.
+        """Streams what became ready, moved or was retired, from `resume_token` on without a gap. The initial metadata
+        `lorafleet-resume-token` tells where the stream begins, so that a watch that heard nothing can be resumed too.
+        Errors: bad_page_token, bad_resume_token (INVALID_ARGUMENT).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -253,6 +256,7 @@ class AdapterServiceServicer:
 
     def AcquireLease(self, request, context):
         """Takes or renews a lease: a leased version's bytes are never collected. Leases end by themselves.
+        Errors: bad_digest, bad_holder, bad_ttl (INVALID_ARGUMENT); version_not_found (NOT_FOUND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -49,7 +49,8 @@ class AdapterServiceStub:
     not_safetensors, header_too_large, header_bad_json, duplicate_tensor, bad_offsets, bad_shape, bad_dtype, non_finite_weights,
     weights_out_of_range, bad_rank, rank_mismatch, rank_too_large, bad_alpha, missing_tensor, unexpected_tensor, base_mismatch, unsupported_field,
     unsupported_feature, missing_file, unexpected_file, duplicate_key, bad_name, bad_digest, digest_mismatch;
-    config_too_large and too_large (RESOURCE_EXHAUSTED); base_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION).
+    unsafe_weight_format, archives_not_supported, header_not_utf8, bad_config, bad_card, bad_idempotency_key, bad_stream;
+    config_too_large, too_large, chunk_too_large and quota_exceeded (RESOURCE_EXHAUSTED); base_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION).
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.Adapter]
     """Errors: adapter_not_found (NOT_FOUND)."""
@@ -84,9 +85,14 @@ class AdapterServiceStub:
     DeleteAlias: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAliasRequest, _adapter_pb2.DeleteAliasResponse]
     """Errors: alias_not_found (NOT_FOUND)."""
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapter_pb2.WatchAdaptersRequest, _adapter_pb2.AdapterEvent]
-    """Streams what became ready, moved or was retired, from `resume_token` on without a gap."""
+    """Streams what became ready, moved or was retired, from `resume_token` on without a gap. The initial metadata
+    `lorafleet-resume-token` tells where the stream begins, so that a watch that heard nothing can be resumed too.
+    Errors: bad_page_token, bad_resume_token (INVALID_ARGUMENT).
+    """
     AcquireLease: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.AcquireLeaseRequest, _adapter_pb2.Lease]
-    """Takes or renews a lease: a leased version's bytes are never collected. Leases end by themselves."""
+    """Takes or renews a lease: a leased version's bytes are never collected. Leases end by themselves.
+    Errors: bad_digest, bad_holder, bad_ttl (INVALID_ARGUMENT); version_not_found (NOT_FOUND).
+    """
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ReleaseLeaseRequest, _adapter_pb2.ReleaseLeaseResponse]
     GetUsage: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetUsageRequest, _adapter_pb2.Usage]
     """Bytes and counts per tenant, with quotas."""
@@ -112,7 +118,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     not_safetensors, header_too_large, header_bad_json, duplicate_tensor, bad_offsets, bad_shape, bad_dtype, non_finite_weights,
     weights_out_of_range, bad_rank, rank_mismatch, rank_too_large, bad_alpha, missing_tensor, unexpected_tensor, base_mismatch, unsupported_field,
     unsupported_feature, missing_file, unexpected_file, duplicate_key, bad_name, bad_digest, digest_mismatch;
-    config_too_large and too_large (RESOURCE_EXHAUSTED); base_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION).
+    unsafe_weight_format, archives_not_supported, header_not_utf8, bad_config, bad_card, bad_idempotency_key, bad_stream;
+    config_too_large, too_large, chunk_too_large and quota_exceeded (RESOURCE_EXHAUSTED); base_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION).
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.Adapter]  # type: ignore[assignment]
     """Errors: adapter_not_found (NOT_FOUND)."""
@@ -147,9 +154,14 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     DeleteAlias: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAliasRequest, _adapter_pb2.DeleteAliasResponse]  # type: ignore[assignment]
     """Errors: alias_not_found (NOT_FOUND)."""
     WatchAdapters: _aio.UnaryStreamMultiCallable[_adapter_pb2.WatchAdaptersRequest, _adapter_pb2.AdapterEvent]  # type: ignore[assignment]
-    """Streams what became ready, moved or was retired, from `resume_token` on without a gap."""
+    """Streams what became ready, moved or was retired, from `resume_token` on without a gap. The initial metadata
+    `lorafleet-resume-token` tells where the stream begins, so that a watch that heard nothing can be resumed too.
+    Errors: bad_page_token, bad_resume_token (INVALID_ARGUMENT).
+    """
     AcquireLease: _aio.UnaryUnaryMultiCallable[_adapter_pb2.AcquireLeaseRequest, _adapter_pb2.Lease]  # type: ignore[assignment]
-    """Takes or renews a lease: a leased version's bytes are never collected. Leases end by themselves."""
+    """Takes or renews a lease: a leased version's bytes are never collected. Leases end by themselves.
+    Errors: bad_digest, bad_holder, bad_ttl (INVALID_ARGUMENT); version_not_found (NOT_FOUND).
+    """
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ReleaseLeaseRequest, _adapter_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
     GetUsage: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetUsageRequest, _adapter_pb2.Usage]  # type: ignore[assignment]
     """Bytes and counts per tenant, with quotas."""
@@ -178,7 +190,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         not_safetensors, header_too_large, header_bad_json, duplicate_tensor, bad_offsets, bad_shape, bad_dtype, non_finite_weights,
         weights_out_of_range, bad_rank, rank_mismatch, rank_too_large, bad_alpha, missing_tensor, unexpected_tensor, base_mismatch, unsupported_field,
         unsupported_feature, missing_file, unexpected_file, duplicate_key, bad_name, bad_digest, digest_mismatch;
-        config_too_large and too_large (RESOURCE_EXHAUSTED); base_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION).
+        unsafe_weight_format, archives_not_supported, header_not_utf8, bad_config, bad_card, bad_idempotency_key, bad_stream;
+        config_too_large, too_large, chunk_too_large and quota_exceeded (RESOURCE_EXHAUSTED); base_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION).
         """
 
     @_abc_1.abstractmethod
@@ -291,7 +304,10 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.WatchAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapter_pb2.AdapterEvent], _abc.AsyncIterator[_adapter_pb2.AdapterEvent]]:
-        """Streams what became ready, moved or was retired, from `resume_token` on without a gap."""
+        """Streams what became ready, moved or was retired, from `resume_token` on without a gap. The initial metadata
+        `lorafleet-resume-token` tells where the stream begins, so that a watch that heard nothing can be resumed too.
+        Errors: bad_page_token, bad_resume_token (INVALID_ARGUMENT).
+        """
 
     @_abc_1.abstractmethod
     def AcquireLease(
@@ -299,7 +315,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.AcquireLeaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.Lease, _abc.Awaitable[_adapter_pb2.Lease]]:
-        """Takes or renews a lease: a leased version's bytes are never collected. Leases end by themselves."""
+        """Takes or renews a lease: a leased version's bytes are never collected. Leases end by themselves.
+        Errors: bad_digest, bad_holder, bad_ttl (INVALID_ARGUMENT); version_not_found (NOT_FOUND).
+        """
 
     @_abc_1.abstractmethod
     def ReleaseLease(
