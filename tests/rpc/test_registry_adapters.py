@@ -18,7 +18,6 @@ from tests.support.registry import (
     Upload,
     reason_of,
     registry_client,
-    running_registry,
     sha256,
 )
 from tests.support.registry_fixtures import (
@@ -98,49 +97,48 @@ async def test_two_at_once_with_one_key_make_one_version(client: Client) -> None
     assert await reason_of(client.resolve("billing:2")) == "version_not_found"
 
 
-async def test_another_tenant_sees_nothing(client: Client, local: Place) -> None:
+async def test_another_tenant_sees_nothing(client: Client) -> None:
     mine = await client.publish(Upload.made(0), key="k")
     await client.set_alias("prod", 1)
     file = await client.create_file(b"secret")
-    async with running_registry(local) as channel:
-        other = Client(channel, "rival")
+    other = client.as_tenant("rival")
 
-        def calls(adapter: str, digest: str) -> list[Any]:
-            stub, messages = other.adapters, adapter_pb2
-            return [
-                other.resolve(adapter),
-                other.resolve(f"{adapter}:1"),
-                other.resolve(f"{adapter}@prod"),
-                other.resolve(f"{adapter}@{digest}"),
-                other.download(adapter, WEIGHTS),
-                other.set_alias("prod", 1, adapter=adapter),
-                other.call(stub.GetAdapter, messages.GetAdapterRequest(adapter=adapter)),
-                other.call(stub.ListVersions, messages.ListVersionsRequest(adapter=adapter)),
-                other.call(stub.ListAliases, messages.ListAliasesRequest(adapter=adapter)),
-                other.call(
-                    stub.ListAliasHistory, messages.ListAliasHistoryRequest(adapter=adapter, alias="prod")
-                ),
-                other.call(stub.RollbackAlias, messages.RollbackAliasRequest(adapter=adapter, alias="prod")),
-                other.call(stub.DeleteAlias, messages.DeleteAliasRequest(adapter=adapter, alias="prod")),
-                other.call(stub.DeleteVersion, messages.DeleteVersionRequest(adapter=adapter, version=1)),
-                other.call(stub.DeleteAdapter, messages.DeleteAdapterRequest(adapter=adapter)),
-            ]
+    def calls(adapter: str, digest: str) -> list[Any]:
+        stub, messages = other.adapters, adapter_pb2
+        return [
+            other.resolve(adapter),
+            other.resolve(f"{adapter}:1"),
+            other.resolve(f"{adapter}@prod"),
+            other.resolve(f"{adapter}@{digest}"),
+            other.download(adapter, WEIGHTS),
+            other.set_alias("prod", 1, adapter=adapter),
+            other.call(stub.GetAdapter, messages.GetAdapterRequest(adapter=adapter)),
+            other.call(stub.ListVersions, messages.ListVersionsRequest(adapter=adapter)),
+            other.call(stub.ListAliases, messages.ListAliasesRequest(adapter=adapter)),
+            other.call(
+                stub.ListAliasHistory, messages.ListAliasHistoryRequest(adapter=adapter, alias="prod")
+            ),
+            other.call(stub.RollbackAlias, messages.RollbackAliasRequest(adapter=adapter, alias="prod")),
+            other.call(stub.DeleteAlias, messages.DeleteAliasRequest(adapter=adapter, alias="prod")),
+            other.call(stub.DeleteVersion, messages.DeleteVersionRequest(adapter=adapter, version=1)),
+            other.call(stub.DeleteAdapter, messages.DeleteAdapterRequest(adapter=adapter)),
+        ]
 
-        for theirs, nobodys in zip(calls("billing", mine.digest), calls("unknown", mine.digest), strict=True):
-            errors = []
-            for call in (theirs, nobodys):
-                with pytest.raises(LorafleetError) as caught:
-                    await call
-                errors.append(caught.value)
-            assert errors[0].code is errors[1].code is Code.NOT_FOUND
-            assert errors[0].message == errors[1].message.replace("unknown", "billing")
-            assert errors[0].reason == errors[1].reason == "adapter_not_found"
-        assert await reason_of(other.download_file(file.id)) == "file_not_found"
-        listed = await other.call(other.adapters.ListAdapters, adapter_pb2.ListAdaptersRequest())
-        assert list(listed.adapters) == []
-        # The same key and the same bytes are another tenant's own publication.
-        theirs = await other.publish(Upload.made(0), key="k")
-        assert (theirs.version, theirs.digest) == (1, mine.digest)
+    for theirs, nobodys in zip(calls("billing", mine.digest), calls("unknown", mine.digest), strict=True):
+        errors = []
+        for call in (theirs, nobodys):
+            with pytest.raises(LorafleetError) as caught:
+                await call
+            errors.append(caught.value)
+        assert errors[0].code is errors[1].code is Code.NOT_FOUND
+        assert errors[0].message == errors[1].message.replace("unknown", "billing")
+        assert errors[0].reason == errors[1].reason == "adapter_not_found"
+    assert await reason_of(other.download_file(file.id)) == "file_not_found"
+    listed = await other.call(other.adapters.ListAdapters, adapter_pb2.ListAdaptersRequest())
+    assert list(listed.adapters) == []
+    # The same key and the same bytes are another tenant's own publication.
+    theirs = await other.publish(Upload.made(0), key="k")
+    assert (theirs.version, theirs.digest) == (1, mine.digest)
 
 
 async def test_corrupt_bytes_are_never_served_whole(client: Client, tmp_path: Path) -> None:
