@@ -211,4 +211,5 @@ def test_bad_input_costs_little(gateway: GatewayUnderTest, content: bytes) -> No
         started = time.process_time()
         for _ in range(5):
             assert http.post(CHAT, content=content, headers=JSON).status_code in (400, 413)
-        assert (time.process_time() - started) / 5 < 0.1
+        # Some ten times what it takes, all threads of this process included: only a blow-up fails.
+        assert (time.process_time() - started) / 5 < 0.5

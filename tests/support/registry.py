@@ -250,9 +250,9 @@ async def running_registry(place: Place, **changes: Any) -> AsyncIterator[grpc.a
     host = ServiceHost(settings, SERVICES)
     registry = Registry(settings)
     await registry.register(host)
-    await registry.probe()
-    address = await host.start()
     try:
+        await registry.probe()
+        address = await host.start()
         async with open_channel(str(address)) as channel:
             yield channel
     finally:

@@ -43,7 +43,7 @@ def test_row_67_a_million_keys_cost_next_to_nothing() -> None:
     with pytest.raises(ResourceExhausted) as caught:
         parse(data)
     assert caught.value.reason == "too_large"
-    assert time.process_time() - started < 0.1
+    assert time.process_time() - started < 0.5
 
 
 @pytest.mark.parametrize(
