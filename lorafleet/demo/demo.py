@@ -12,11 +12,11 @@ from pathlib import Path
 from rich.console import Console
 
 from lorafleet.api import Api, Json
-from lorafleet.demo import scoring
 from lorafleet.demo.report import Agreement, Load, Report, TaskResult, load_of
 from lorafleet.demo.tasks import Row, Task, TaskError, write_training_file
 from lorafleet.demo.traffic import Answer, Ask, Round, Traffic
 from lorafleet.following import follow
+from services.common import scoring
 
 # What suits a base of a few million parameters; bigger ones want a tenth of this learning rate.
 RANK = 16

@@ -11,8 +11,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lorafleet.demo.scoring import Score
 from lorafleet.demo.traffic import Round
+from services.common.scoring import Score
 
 _MILLISECONDS = 1000
 

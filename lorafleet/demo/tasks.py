@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import lorafleet
-from lorafleet.demo import scoring
-from lorafleet.demo.scoring import Metric, Target
+from services.common import scoring
+from services.common.scoring import Metric, Target
 
 GENERATED_TASKS = ("support_routing", "order_json", "home_commands")
 _GENERATE_SECONDS = 120

@@ -71,7 +71,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationMetric:
-    """One figure on the held-out rows, of the base and of the adapter, with the adapter's 95 % interval."""
+    """One figure on the held-out rows, of the base and of the adapter.
+
+    `ci_low` to `ci_high` is the adapter's 95 % interval; `lift_ci_low` to `lift_ci_high` that of the adapter's
+    value minus the base's, drawn in pairs.
+    """
 
     name: str
     base_value: float
@@ -79,6 +83,8 @@ class EvaluationMetric:
     rows: int
     ci_low: float | None = None
     ci_high: float | None = None
+    lift_ci_low: float | None = None
+    lift_ci_high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,23 +7,20 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from services.common.prompts import PromptEncoder
+from services.common.scoring import METRICS, Rows, Target, evidence_of, with_interval
 from services.trainer.dataset import PromptRow, Row
 from services.trainer.job import EvaluationMetric
 from services.trainer.spec import TaskMetric, TrainingSpec
 from services.trainer.tokens import TokenRow
 from services.trainer.training.model import AdapterModel
-from services.trainer.training.scores import AnswerScore, bootstrap_interval
 from services.trainer.training.validation import RowScores, measure
 
 # An answer may run this far past the longest reference before it is cut.
 EXTRA_ANSWER_TOKENS = 16
 GENERATION_ROWS = 16
-
-Rows = NDArray[np.intp]
 
 
 def evaluate(
@@ -59,17 +56,26 @@ def evaluate(
         ),
     ]
     if spec.task_metric is not TaskMetric.NONE:
-        references = [reference_of(row.source) for row in rows]
-        answered = AnswerScore(spec.task_metric, generate(model, rows, encoder, check=check), references)
+        metric = METRICS[spec.task_metric.value]
+        targets = [target_of(row.source) for row in rows]
+        answered = evidence_of(metric, generate(model, rows, encoder, check=check), targets)
         with model.base_only():
-            before = AnswerScore(spec.task_metric, generate(model, rows, encoder, check=check), references)
-        figures.append(_figure(spec.task_metric.value, len(rows), seed, before.of, answered.of))
+            before = evidence_of(metric, generate(model, rows, encoder, check=check), targets)
+        figures.append(
+            _figure(
+                spec.task_metric.value,
+                len(rows),
+                seed,
+                lambda drawn: metric.value(before[drawn]),
+                lambda drawn: metric.value(answered[drawn]),
+            )
+        )
     return tuple(figures)
 
 
-def reference_of(row: Row) -> str:
-    """Return the text that the model should have answered."""
-    return row.completion if isinstance(row, PromptRow) else str(row.messages[-1]["content"])
+def target_of(row: Row) -> Target:
+    """Return what the model should have answered."""
+    return Target(row.completion if isinstance(row, PromptRow) else str(row.messages[-1]["content"]))
 
 
 def generate(
@@ -152,6 +158,8 @@ def _accuracy(scores: RowScores, rows: Rows) -> float:
 def _figure(
     name: str, num_rows: int, seed: int, base: Callable[[Rows], float], adapter: Callable[[Rows], float]
 ) -> EvaluationMetric:
-    everything = np.arange(num_rows)
-    low, high = bootstrap_interval(adapter, num_rows, seed=seed)
-    return EvaluationMetric(name, base(everything), adapter(everything), num_rows, low, high)
+    after = with_interval(adapter, num_rows, seed=seed)
+    lift = with_interval(lambda drawn: adapter(drawn) - base(drawn), num_rows, seed=seed)
+    return EvaluationMetric(
+        name, base(np.arange(num_rows)), after.value, num_rows, after.low, after.high, lift.low, lift.high
+    )

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from lorafleet.demo import scoring
+from services.common import scoring
 from lorafleet.demo.report import load_of
-from lorafleet.demo.scoring import Target
+from services.common.scoring import Target
 from lorafleet.demo.tasks import TaskError, generated_tasks, load_tasks, write_training_file
 from lorafleet.demo.traffic import Answer, Ask, Round
 

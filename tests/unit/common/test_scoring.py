@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafleet.demo import scoring
-from lorafleet.demo.scoring import Metric, Target
+from services.common import scoring
+from services.common.scoring import Metric, Target
 
 
 def value(metric: Metric, answer: str, target: Target) -> float:
@@ -33,6 +33,8 @@ def value(metric: Metric, answer: str, target: Target) -> float:
         (scoring.NUMBER_MATCH, "3 x 5 = 15\n#### 1,015.0", "#### 1015", 1.0),
         (scoring.NUMBER_MATCH, "I think 7", "#### 8", 0.0),
         (scoring.NUMBER_MATCH, "no number", "#### 8", 0.0),
+        (scoring.NUMBER_MATCH, "3 then -4", "-4.0", 1.0),
+        (scoring.NUMBER_MATCH, "9" * 400, "9" * 401, 0.0),
         # "the cat sat" in "the cat has sat down": 3 words in common of 3 and 5.
         (scoring.ROUGE_L, "The cat sat.", "the cat has sat down", 2 * 3 / 8),
         # Order counts: the longest common subsequence of (b a) and (a b) is one word.
@@ -75,7 +77,7 @@ def test_micro_f1_sums_counts_over_rows() -> None:
 
 def test_pearson() -> None:
     targets = [Target(text) for text in ("1.0", "2.0", "3.0", "4.0")]
-    # Unreadable counts as 2.5: correlation of (1, 3, 2.5, 5) with (1, 2, 3, 4).
+    # Unreadable counts as the mean of the wanted ones, 2.5: correlation of (1, 3, 2.5, 5) with (1, 2, 3, 4).
     answers = ["1", "about 3", "no idea", "5.0"]
     expected = np.corrcoef([1, 3, 2.5, 5], [1, 2, 3, 4])[0, 1]
     assert scoring.score(scoring.PEARSON, answers, targets).value == pytest.approx(expected)

@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 
 Evidence = tuple[float, ...]
 Matrix = NDArray[np.float64]
+Rows = NDArray[np.intp]
 
 RESAMPLES = 2000
-_MIDDLE_SIMILARITY = 2.5
+# Longer ones are no numbers anybody meant, and would overflow.
+_MAX_DIGITS = 64
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _WHERE = re.compile(r"\bwhere\b", re.IGNORECASE)
@@ -63,8 +65,8 @@ class Score:
 
 def score(metric: Metric, answers: Sequence[str], targets: Sequence[Target]) -> Score:
     """Return the score of all answers with its bootstrap interval."""
-    evidence = _matrix(metric, answers, targets)
-    return _interval(len(answers), metric.value(evidence), lambda rows: metric.value(evidence[rows]))
+    evidence = evidence_of(metric, answers, targets)
+    return with_interval(lambda rows: metric.value(evidence[rows]), len(answers))
 
 
 def lift(metric: Metric, before: Sequence[str], after: Sequence[str], targets: Sequence[Target]) -> Score:
@@ -72,21 +74,25 @@ def lift(metric: Metric, before: Sequence[str], after: Sequence[str], targets: S
 
     The interval is paired: each draw takes both answers of a row.
     """
-    old, new = _matrix(metric, before, targets), _matrix(metric, after, targets)
-    value = metric.value(new) - metric.value(old)
-    return _interval(len(targets), value, lambda rows: metric.value(new[rows]) - metric.value(old[rows]))
+    old, new = evidence_of(metric, before, targets), evidence_of(metric, after, targets)
+    return with_interval(lambda rows: metric.value(new[rows]) - metric.value(old[rows]), len(targets))
 
 
-def _matrix(metric: Metric, answers: Sequence[str], targets: Sequence[Target]) -> Matrix:
+def with_interval(statistic: Callable[[Rows], float], num_rows: int, *, seed: int = 0) -> Score:
+    """Return `statistic` of all rows and the 95 % percentile interval over `RESAMPLES` draws of them.
+
+    Efron 1979. `statistic` takes row indices [num_rows] and returns the figure of those rows.
+    """
+    generator = np.random.default_rng(seed)
+    values = [statistic(generator.integers(0, num_rows, num_rows)) for _ in range(RESAMPLES)]
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Score(statistic(np.arange(num_rows)), float(low), float(high))
+
+
+def evidence_of(metric: Metric, answers: Sequence[str], targets: Sequence[Target]) -> Matrix:
+    """Return the evidence of each answer, [rows, numbers]."""
     pairs = zip(answers, targets, strict=True)
     return np.array([metric.evidence(answer, target) for answer, target in pairs], dtype=np.float64)
-
-
-def _interval(rows: int, value: float, resampled: Callable[[NDArray[np.int64]], float]) -> Score:
-    generator = np.random.default_rng(0)
-    values = [resampled(generator.integers(0, rows, rows)) for _ in range(RESAMPLES)]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return Score(value, float(low), float(high))
 
 
 # Evidence of one answer.
@@ -132,9 +138,9 @@ def entities(answer: str, target: Target) -> Evidence:
 
 
 def number_pair(answer: str, target: Target) -> Evidence:
-    """The generated number and the wanted one; an unreadable answer counts as the middle of the scale."""
-    match = _NUMBER.search(answer)
-    return (float(match[0].replace(",", "")) if match else _MIDDLE_SIMILARITY, float(target.completion))
+    """The first number of the answer, NaN where it has none, and the wanted one."""
+    found, wanted = _numbers(answer), _numbers(target.completion)
+    return (found[0] if found else math.nan, wanted[0] if wanted else math.nan)
 
 
 # The value of all evidence.
@@ -152,7 +158,14 @@ def micro_f1(evidence: Matrix) -> float:
 
 
 def pearson(evidence: Matrix) -> float:
-    """Pearson's correlation of the two columns; 0 where one of them does not vary."""
+    """Pearson's correlation of the two columns; 0 where one of them does not vary.
+
+    An answer without a number counts as the mean of the wanted ones, so that it neither helps nor harms.
+    """
+    evidence = evidence[~np.isnan(evidence[:, 1])]
+    if not len(evidence):
+        return 0.0
+    evidence = np.where(np.isnan(evidence), evidence[:, 1].mean(), evidence)
     centred = evidence - evidence.mean(axis=0)
     spread = float(np.sqrt((centred**2).sum(axis=0).prod()))
     return float((centred[:, 0] * centred[:, 1]).sum() / spread) if spread > 0 else 0.0
@@ -168,6 +181,19 @@ TOKEN_F1 = Metric("token_f1", token_f1, mean)
 ENTITY_F1 = Metric("entity_f1", entities, micro_f1)
 PEARSON = Metric("pearson", number_pair, pearson)
 
+# By the names under which a job asks for them.
+METRICS = {
+    "exact_match": EXACT_MATCH,
+    "accuracy": ACCURACY,
+    "choice_letter": LETTER_ACCURACY,
+    "sql_match": QUERY_MATCH,
+    "numeric": NUMBER_MATCH,
+    "rouge_l": ROUGE_L,
+    "token_f1": TOKEN_F1,
+    "entity_f1": ENTITY_F1,
+    "pearson": PEARSON,
+}
+
 
 def _squeezed(text: str) -> str:
     return " ".join(text.split())
@@ -180,8 +206,13 @@ def _query(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _final_number(text: str) -> float | None:
-    numbers = _NUMBER.findall(text.rpartition("####")[2])
-    return float(numbers[-1].replace(",", "")) if numbers else None
+    numbers = _numbers(text.rpartition("####")[2])
+    return numbers[-1] if numbers else None
+
+
+def _numbers(text: str) -> list[float]:
+    found = (number.replace(",", "") for number in _NUMBER.findall(text))
+    return [float(number) for number in found if len(number) <= _MAX_DIGITS]
 
 
 def _words(text: str) -> list[str]:
