@@ -82,6 +82,15 @@ _PLAIN = (
     "validation_fraction",
     "checkpoint_steps",
     "evaluation_rows",
+    "recipe",
+    "optimizer",
+    "packing",
+    "group_by_length",
+    "lora_plus_ratio",
+    "early_stopping_patience",
+    "token_budget",
+    "minutes_budget",
+    "joint",
 )
 
 

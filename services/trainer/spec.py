@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -12,6 +12,24 @@ from services.trainer.methods import DEFAULT_METHOD, find_method
 
 MIN_SEQ_LEN = 8
 DEFAULT_MAX_SEQ_LEN = 2048
+DEFAULT_RECIPE = "default"
+DEFAULT_LORA_PLUS_RATIO = 16.0
+# Fields that a recipe sets where the caller does not.
+RECIPES: dict[str, dict[str, object]] = {
+    DEFAULT_RECIPE: {},
+    # Zhao et al. 2024, arXiv 2405.00732, figure 4; alpha and dropout are the defaults of the library used there.
+    "paper": {
+        "rank": 8,
+        "alpha": 16.0,
+        "dropout": 0.05,
+        "target_modules": ("q_proj", "v_proj"),
+        "learning_rate": 2e-4,
+        "batch_size": 1,
+        "gradient_accumulation_steps": 16,
+        "warmup_ratio": 0.03,
+        "weight_decay": 0.0,
+    },
+}
 
 
 class OverlongPolicy(StrEnum):
@@ -35,6 +53,15 @@ class Schedule(StrEnum):
     COSINE = "cosine"
     LINEAR = "linear"
     CONSTANT = "constant"
+
+
+class Optimizer(StrEnum):
+    """How the weights are updated; all of them are AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101)."""
+
+    ADAMW = "adamw"
+    ADAMW_8BIT = "adamw_8bit"
+    PAGED_ADAMW = "paged_adamw"
+    PAGED_ADAMW_8BIT = "paged_adamw_8bit"
 
 
 class TaskMetric(StrEnum):
@@ -73,6 +100,15 @@ class TrainingSpec:
     gradient_checkpointing: bool = False
     task_metric: TaskMetric = TaskMetric.NONE
     evaluation_rows: int = 100
+    recipe: str = DEFAULT_RECIPE
+    optimizer: Optimizer = Optimizer.ADAMW
+    packing: bool = False
+    group_by_length: bool = True
+    lora_plus_ratio: float = 1.0
+    early_stopping_patience: int = 0
+    token_budget: int = 0
+    minutes_budget: float = 0.0
+    joint: bool = True
 
     @property
     def rows_per_step(self) -> int:
@@ -112,7 +148,14 @@ _RANGES = {
     "validation_fraction": _Range(0, 0.5),
     "checkpoint_steps": _Range(1, 10_000),
     "evaluation_rows": _Range(0, 1000),
+    "lora_plus_ratio": _Range(1, 64),
+    "early_stopping_patience": _Range(0, 100),
+    "token_budget": _Range(0, 2**50),
+    "minutes_budget": _Range(0, 100_000),
 }
+
+
+_OPTIMIZERS = tuple(optimizer.value for optimizer in Optimizer)
 
 
 def resolve_spec(
@@ -128,10 +171,17 @@ def resolve_spec(
     Raises:
         InvalidArgument: `unsupported_method`, or `bad_hyperparameter` with every field that is out of range.
     """
-    values = dict(given)
+    recipe = str(given.get("recipe") or DEFAULT_RECIPE)
+    values = RECIPES.get(recipe, {}) | dict(given)
+    values["recipe"] = recipe
     values["method"] = find_method(str(values.get("method") or DEFAULT_METHOD)).name
     ranges = _RANGES | {"max_seq_len": _Range(MIN_SEQ_LEN, max_model_len)}
-    violations = []
+    violations = [] if recipe in RECIPES else [_unknown("recipe", recipe, RECIPES)]
+    optimizer = str(values.get("optimizer") or Optimizer.ADAMW)
+    if optimizer in _OPTIMIZERS:
+        values["optimizer"] = Optimizer(optimizer)
+    else:
+        violations.append(_unknown("optimizer", optimizer, _OPTIMIZERS))
     for name, allowed in ranges.items():
         value = values.get(name)
         if value is None:
@@ -147,6 +197,8 @@ def resolve_spec(
         known = ", ".join(sorted(suffixes))
         text = f"target_modules names {unknown[0][:64]!r}; the base has {known}"
         violations.append(_violation("target_modules", text))
+    if values["method"] != "lora+" and values.get("lora_plus_ratio", 1.0) != 1.0:
+        violations.append(_violation("lora_plus_ratio", "lora_plus_ratio is for method lora+ alone"))
     if violations:
         raise InvalidArgument(
             "bad_hyperparameter",
@@ -159,7 +211,13 @@ def resolve_spec(
     rank = values.get("rank", TrainingSpec.__dataclass_fields__["rank"].default)
     assert isinstance(rank, int)
     values.setdefault("alpha", 2.0 * rank)
+    if values["method"] == "lora+":
+        values.setdefault("lora_plus_ratio", DEFAULT_LORA_PLUS_RATIO)
     return TrainingSpec(**values)  # type: ignore[arg-type]
+
+
+def _unknown(name: str, value: str, known: Iterable[str]) -> FieldViolation:
+    return _violation(name, f"{name} {value[:64]!r} is not known; choose one of {', '.join(known)}")
 
 
 def _violation(name: str, description: str) -> FieldViolation:

@@ -200,8 +200,17 @@ class TrainingSpec(_message.Message):
     GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
     TASK_METRIC_FIELD_NUMBER: _builtins.int
     EVALUATION_ROWS_FIELD_NUMBER: _builtins.int
+    RECIPE_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
+    PACKING_FIELD_NUMBER: _builtins.int
+    GROUP_BY_LENGTH_FIELD_NUMBER: _builtins.int
+    LORA_PLUS_RATIO_FIELD_NUMBER: _builtins.int
+    EARLY_STOPPING_PATIENCE_FIELD_NUMBER: _builtins.int
+    TOKEN_BUDGET_FIELD_NUMBER: _builtins.int
+    MINUTES_BUDGET_FIELD_NUMBER: _builtins.int
+    JOINT_FIELD_NUMBER: _builtins.int
     method: _builtins.str
-    """"lora" or "rslora"; others as TrainerService.ListMethods tells. Empty: "lora"."""
+    """By name, as TrainerService.ListMethods tells: "lora", "rslora", "dora" and others. Empty: "lora"."""
     rank: _builtins.int
     """1 to 256. Default 16."""
     alpha: _builtins.float
@@ -236,6 +245,37 @@ class TrainingSpec(_message.Message):
     task_metric: Global___TaskMetric.ValueType
     evaluation_rows: _builtins.int
     """Held-out rows that are answered and scored, 0 to 1,000. Default 100."""
+    recipe: _builtins.str
+    """Which set of defaults absent fields take. Empty or "default": the defaults named here. "paper": the setting of the
+    LoRA Land paper: rank 8 on q_proj and v_proj, alpha 16, dropout 0.05, batch_size 1, gradient_accumulation_steps 16,
+    learning_rate 2e-4, cosine, warmup_ratio 0.03, optimizer "adamw" without weight decay.
+    """
+    optimizer: _builtins.str
+    """"adamw" (32-bit moments), "adamw_8bit", "paged_adamw" or "paged_adamw_8bit". Empty: "adamw". One that this trainer's
+    device cannot run is refused (unsupported_optimizer): paging needs CUDA.
+    """
+    packing: _builtins.bool
+    """Fill each row of a forward pass with several examples, up to max_seq_len tokens, none of which sees another; batch_size
+    then counts filled rows. Default false.
+    """
+    group_by_length: _builtins.bool
+    """Examples of similar length share a step. Default true."""
+    lora_plus_ratio: _builtins.float
+    """Learning rate of B over that of A (method "lora+" only), 1 to 64. Default 16 with "lora+"."""
+    early_stopping_patience: _builtins.int
+    """Measured checkpoints without a lower validation loss after which training ends, 0 to 100; the best checkpoint's weights are
+    published. 0: never. Default 0.
+    """
+    token_budget: _builtins.int
+    """Most tokens to train on; 0: no limit. A job that reaches it before its last step ends FAILED (budget_exceeded) and keeps a
+    checkpoint. Default 0.
+    """
+    minutes_budget: _builtins.float
+    """Most minutes to train for, over all attempts, 0 to 100,000; 0: no limit. As token_budget. Default 0."""
+    joint: _builtins.bool
+    """Whether the job may be trained together with others on one copy of the base. The result is that of training alone.
+    Default true.
+    """
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Suffixes of linear layers; empty: all linear layers of the decoder."""
@@ -264,10 +304,19 @@ class TrainingSpec(_message.Message):
         gradient_checkpointing: _builtins.bool | None = ...,
         task_metric: Global___TaskMetric.ValueType = ...,
         evaluation_rows: _builtins.int | None = ...,
+        recipe: _builtins.str = ...,
+        optimizer: _builtins.str = ...,
+        packing: _builtins.bool | None = ...,
+        group_by_length: _builtins.bool | None = ...,
+        lora_plus_ratio: _builtins.float | None = ...,
+        early_stopping_patience: _builtins.int | None = ...,
+        token_budget: _builtins.int | None = ...,
+        minutes_budget: _builtins.float | None = ...,
+        joint: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_dropout", b"_dropout", "_evaluation_rows", b"_evaluation_rows", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_max_seq_len", b"_max_seq_len", "_n_epochs", b"_n_epochs", "_rank", b"_rank", "_validation_fraction", b"_validation_fraction", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "dropout", b"dropout", "evaluation_rows", b"evaluation_rows", "gradient_accumulation_steps", b"gradient_accumulation_steps", "gradient_checkpointing", b"gradient_checkpointing", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "max_seq_len", b"max_seq_len", "n_epochs", b"n_epochs", "rank", b"rank", "validation_fraction", b"validation_fraction", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_dropout", b"_dropout", "_early_stopping_patience", b"_early_stopping_patience", "_evaluation_rows", b"_evaluation_rows", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_group_by_length", b"_group_by_length", "_joint", b"_joint", "_learning_rate", b"_learning_rate", "_lora_plus_ratio", b"_lora_plus_ratio", "_max_grad_norm", b"_max_grad_norm", "_max_seq_len", b"_max_seq_len", "_minutes_budget", b"_minutes_budget", "_n_epochs", b"_n_epochs", "_packing", b"_packing", "_rank", b"_rank", "_token_budget", b"_token_budget", "_validation_fraction", b"_validation_fraction", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "dropout", b"dropout", "early_stopping_patience", b"early_stopping_patience", "evaluation_rows", b"evaluation_rows", "gradient_accumulation_steps", b"gradient_accumulation_steps", "gradient_checkpointing", b"gradient_checkpointing", "group_by_length", b"group_by_length", "joint", b"joint", "learning_rate", b"learning_rate", "lora_plus_ratio", b"lora_plus_ratio", "max_grad_norm", b"max_grad_norm", "max_seq_len", b"max_seq_len", "minutes_budget", b"minutes_budget", "n_epochs", b"n_epochs", "packing", b"packing", "rank", b"rank", "token_budget", b"token_budget", "validation_fraction", b"validation_fraction", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_dropout", b"_dropout", "_evaluation_rows", b"_evaluation_rows", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_max_seq_len", b"_max_seq_len", "_n_epochs", b"_n_epochs", "_rank", b"_rank", "_validation_fraction", b"_validation_fraction", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "dropout", b"dropout", "evaluation_rows", b"evaluation_rows", "gradient_accumulation_steps", b"gradient_accumulation_steps", "gradient_checkpointing", b"gradient_checkpointing", "learning_rate", b"learning_rate", "loss_scope", b"loss_scope", "max_grad_norm", b"max_grad_norm", "max_seq_len", b"max_seq_len", "method", b"method", "n_epochs", b"n_epochs", "overlong_policy", b"overlong_policy", "rank", b"rank", "schedule", b"schedule", "target_modules", b"target_modules", "task_metric", b"task_metric", "validation_fraction", b"validation_fraction", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_dropout", b"_dropout", "_early_stopping_patience", b"_early_stopping_patience", "_evaluation_rows", b"_evaluation_rows", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_group_by_length", b"_group_by_length", "_joint", b"_joint", "_learning_rate", b"_learning_rate", "_lora_plus_ratio", b"_lora_plus_ratio", "_max_grad_norm", b"_max_grad_norm", "_max_seq_len", b"_max_seq_len", "_minutes_budget", b"_minutes_budget", "_n_epochs", b"_n_epochs", "_packing", b"_packing", "_rank", b"_rank", "_token_budget", b"_token_budget", "_validation_fraction", b"_validation_fraction", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "dropout", b"dropout", "early_stopping_patience", b"early_stopping_patience", "evaluation_rows", b"evaluation_rows", "gradient_accumulation_steps", b"gradient_accumulation_steps", "gradient_checkpointing", b"gradient_checkpointing", "group_by_length", b"group_by_length", "joint", b"joint", "learning_rate", b"learning_rate", "lora_plus_ratio", b"lora_plus_ratio", "loss_scope", b"loss_scope", "max_grad_norm", b"max_grad_norm", "max_seq_len", b"max_seq_len", "method", b"method", "minutes_budget", b"minutes_budget", "n_epochs", b"n_epochs", "optimizer", b"optimizer", "overlong_policy", b"overlong_policy", "packing", b"packing", "rank", b"rank", "recipe", b"recipe", "schedule", b"schedule", "target_modules", b"target_modules", "task_metric", b"task_metric", "token_budget", b"token_budget", "validation_fraction", b"validation_fraction", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
@@ -277,22 +326,36 @@ class TrainingSpec(_message.Message):
     _WhichOneofArgType__checkpoint_steps: _TypeAlias = _typing.Literal["_checkpoint_steps", b"_checkpoint_steps"]  # noqa: Y015
     _WhichOneofReturnType__dropout: _TypeAlias = _typing.Literal["dropout"]  # noqa: Y015
     _WhichOneofArgType__dropout: _TypeAlias = _typing.Literal["_dropout", b"_dropout"]  # noqa: Y015
+    _WhichOneofReturnType__early_stopping_patience: _TypeAlias = _typing.Literal["early_stopping_patience"]  # noqa: Y015
+    _WhichOneofArgType__early_stopping_patience: _TypeAlias = _typing.Literal["_early_stopping_patience", b"_early_stopping_patience"]  # noqa: Y015
     _WhichOneofReturnType__evaluation_rows: _TypeAlias = _typing.Literal["evaluation_rows"]  # noqa: Y015
     _WhichOneofArgType__evaluation_rows: _TypeAlias = _typing.Literal["_evaluation_rows", b"_evaluation_rows"]  # noqa: Y015
     _WhichOneofReturnType__gradient_accumulation_steps: _TypeAlias = _typing.Literal["gradient_accumulation_steps"]  # noqa: Y015
     _WhichOneofArgType__gradient_accumulation_steps: _TypeAlias = _typing.Literal["_gradient_accumulation_steps", b"_gradient_accumulation_steps"]  # noqa: Y015
     _WhichOneofReturnType__gradient_checkpointing: _TypeAlias = _typing.Literal["gradient_checkpointing"]  # noqa: Y015
     _WhichOneofArgType__gradient_checkpointing: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing"]  # noqa: Y015
+    _WhichOneofReturnType__group_by_length: _TypeAlias = _typing.Literal["group_by_length"]  # noqa: Y015
+    _WhichOneofArgType__group_by_length: _TypeAlias = _typing.Literal["_group_by_length", b"_group_by_length"]  # noqa: Y015
+    _WhichOneofReturnType__joint: _TypeAlias = _typing.Literal["joint"]  # noqa: Y015
+    _WhichOneofArgType__joint: _TypeAlias = _typing.Literal["_joint", b"_joint"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__lora_plus_ratio: _TypeAlias = _typing.Literal["lora_plus_ratio"]  # noqa: Y015
+    _WhichOneofArgType__lora_plus_ratio: _TypeAlias = _typing.Literal["_lora_plus_ratio", b"_lora_plus_ratio"]  # noqa: Y015
     _WhichOneofReturnType__max_grad_norm: _TypeAlias = _typing.Literal["max_grad_norm"]  # noqa: Y015
     _WhichOneofArgType__max_grad_norm: _TypeAlias = _typing.Literal["_max_grad_norm", b"_max_grad_norm"]  # noqa: Y015
     _WhichOneofReturnType__max_seq_len: _TypeAlias = _typing.Literal["max_seq_len"]  # noqa: Y015
     _WhichOneofArgType__max_seq_len: _TypeAlias = _typing.Literal["_max_seq_len", b"_max_seq_len"]  # noqa: Y015
+    _WhichOneofReturnType__minutes_budget: _TypeAlias = _typing.Literal["minutes_budget"]  # noqa: Y015
+    _WhichOneofArgType__minutes_budget: _TypeAlias = _typing.Literal["_minutes_budget", b"_minutes_budget"]  # noqa: Y015
     _WhichOneofReturnType__n_epochs: _TypeAlias = _typing.Literal["n_epochs"]  # noqa: Y015
     _WhichOneofArgType__n_epochs: _TypeAlias = _typing.Literal["_n_epochs", b"_n_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__packing: _TypeAlias = _typing.Literal["packing"]  # noqa: Y015
+    _WhichOneofArgType__packing: _TypeAlias = _typing.Literal["_packing", b"_packing"]  # noqa: Y015
     _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
     _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    _WhichOneofReturnType__token_budget: _TypeAlias = _typing.Literal["token_budget"]  # noqa: Y015
+    _WhichOneofArgType__token_budget: _TypeAlias = _typing.Literal["_token_budget", b"_token_budget"]  # noqa: Y015
     _WhichOneofReturnType__validation_fraction: _TypeAlias = _typing.Literal["validation_fraction"]  # noqa: Y015
     _WhichOneofArgType__validation_fraction: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction"]  # noqa: Y015
     _WhichOneofReturnType__warmup_ratio: _TypeAlias = _typing.Literal["warmup_ratio"]  # noqa: Y015
@@ -308,21 +371,35 @@ class TrainingSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dropout) -> _WhichOneofReturnType__dropout | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__early_stopping_patience) -> _WhichOneofReturnType__early_stopping_patience | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluation_rows) -> _WhichOneofReturnType__evaluation_rows | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_accumulation_steps) -> _WhichOneofReturnType__gradient_accumulation_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_checkpointing) -> _WhichOneofReturnType__gradient_checkpointing | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__group_by_length) -> _WhichOneofReturnType__group_by_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__joint) -> _WhichOneofReturnType__joint | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lora_plus_ratio) -> _WhichOneofReturnType__lora_plus_ratio | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_grad_norm) -> _WhichOneofReturnType__max_grad_norm | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_seq_len) -> _WhichOneofReturnType__max_seq_len | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__minutes_budget) -> _WhichOneofReturnType__minutes_budget | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n_epochs) -> _WhichOneofReturnType__n_epochs | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__packing) -> _WhichOneofReturnType__packing | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_budget) -> _WhichOneofReturnType__token_budget | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_fraction) -> _WhichOneofReturnType__validation_fraction | None: ...
     @_typing.overload
@@ -434,11 +511,19 @@ class JobResult(_message.Message):
     FINE_TUNED_MODEL_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     RESULT_FILES_FIELD_NUMBER: _builtins.int
+    COLLAPSED_FIELD_NUMBER: _builtins.int
+    CONVERSION_ERROR_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     version: _builtins.int
     digest: _builtins.str
     fine_tuned_model: _builtins.str
     """Name to call it by through the HTTP door: "ft:BASE:TENANT:ADAPTER:vN"."""
+    collapsed: _builtins.bool
+    """Whether the adapter gives one and the same answer to held-out prompts whose references differ."""
+    conversion_error: _builtins.float
+    """Relative error of the published weight change against the trained one (Frobenius norm, worst layer); 0 where the method is
+    published as it was trained.
+    """
     @_builtins.property
     def evaluation(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvaluationMetric]: ...
     @_builtins.property
@@ -454,10 +539,12 @@ class JobResult(_message.Message):
         fine_tuned_model: _builtins.str = ...,
         evaluation: _abc.Iterable[Global___EvaluationMetric] | None = ...,
         result_files: _abc.Iterable[_builtins.str] | None = ...,
+        collapsed: _builtins.bool = ...,
+        conversion_error: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "evaluation", b"evaluation", "fine_tuned_model", b"fine_tuned_model", "result_files", b"result_files", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "collapsed", b"collapsed", "conversion_error", b"conversion_error", "digest", b"digest", "evaluation", b"evaluation", "fine_tuned_model", b"fine_tuned_model", "result_files", b"result_files", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

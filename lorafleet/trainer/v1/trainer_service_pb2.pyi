@@ -412,11 +412,23 @@ class MethodCapability(_message.Message):
     TRAINS_ON_NF4_FIELD_NUMBER: _builtins.int
     SERVED_EXACTLY_FIELD_NUMBER: _builtins.int
     SERVED_RANK_FACTOR_FIELD_NUMBER: _builtins.int
+    SERVED_AS_FIELD_NUMBER: _builtins.int
+    TRAINS_JOINTLY_FIELD_NUMBER: _builtins.int
+    OFFERED_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     trains_on_nf4: _builtins.bool
     served_exactly: _builtins.bool
-    """Served exactly as plain LoRA of `served_rank_factor` times its rank."""
+    """Whether what is published computes what was trained, but for rounding."""
     served_rank_factor: _builtins.int
+    """Rank of the published LoRA over the rank trained; 0 where the method is not offered."""
+    served_as: _builtins.str
+    """What is published: "lora" or "lora+scale"."""
+    trains_jointly: _builtins.bool
+    """Whether jobs of this method can share one forward pass with others."""
+    offered: _builtins.bool
+    """Whether jobs of this method are taken; `note` tells why not."""
+    note: _builtins.str
     def __init__(
         self,
         *,
@@ -424,10 +436,14 @@ class MethodCapability(_message.Message):
         trains_on_nf4: _builtins.bool = ...,
         served_exactly: _builtins.bool = ...,
         served_rank_factor: _builtins.int = ...,
+        served_as: _builtins.str = ...,
+        trains_jointly: _builtins.bool = ...,
+        offered: _builtins.bool = ...,
+        note: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "served_exactly", b"served_exactly", "served_rank_factor", b"served_rank_factor", "trains_on_nf4", b"trains_on_nf4"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "note", b"note", "offered", b"offered", "served_as", b"served_as", "served_exactly", b"served_exactly", "served_rank_factor", b"served_rank_factor", "trains_jointly", b"trains_jointly", "trains_on_nf4", b"trains_on_nf4"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -53,6 +53,9 @@ def test_alpha_follows_the_rank() -> None:
         ("evaluation_rows", 1001),
         ("weight_decay", -0.1),
         ("gradient_accumulation_steps", 257),
+        ("early_stopping_patience", 101),
+        ("minutes_budget", -1.0),
+        ("minutes_budget", float("nan")),
     ],
 )
 def test_out_of_range_is_refused_by_name_and_range(field: str, value: float) -> None:
@@ -93,3 +96,29 @@ def test_resolved_specification_survives_the_wire() -> None:
     spec = dataclasses.replace(resolved(), schedule=Schedule.CONSTANT, dropout=0.25)
     given = given_spec(spec_to_proto(spec))
     assert resolve_spec(given, max_model_len=512, module_names=MODULES) == spec
+
+
+def test_recipe_gives_defaults_that_the_caller_can_override() -> None:
+    modules = [*MODULES, "model.layers.0.self_attn.v_proj"]
+    paper = resolve_spec({"recipe": "paper"}, max_model_len=512, module_names=modules)
+    assert (paper.rank, paper.alpha, paper.dropout) == (8, 16.0, 0.05)
+    assert paper.target_modules == ("q_proj", "v_proj")
+    assert (paper.batch_size, paper.gradient_accumulation_steps) == (1, 16)
+    assert (paper.schedule, paper.warmup_ratio, paper.learning_rate) == (Schedule.COSINE, 0.03, 2e-4)
+    changed = resolve_spec({"recipe": "paper", "rank": 4}, max_model_len=512, module_names=modules)
+    assert (changed.rank, changed.dropout) == (4, 0.05)
+    assert resolved(recipe="default") == resolved()
+
+
+@pytest.mark.parametrize("field", ["recipe", "optimizer"])
+def test_unknown_names_are_refused_with_those_known(field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        resolved(**{field: "sgd"})
+    assert [violation.field for violation in caught.value.violations] == [f"spec.{field}"]
+    assert "choose one of" in caught.value.message
+
+
+def test_ratio_of_learning_rates_belongs_to_its_method() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        resolved(lora_plus_ratio=4.0)
+    assert [violation.field for violation in caught.value.violations] == ["spec.lora_plus_ratio"]
