@@ -138,6 +138,15 @@ class _TaskMetricEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskMetric
     TASK_METRIC_TOKEN_F1: _TaskMetric.ValueType  # 3
     TASK_METRIC_PEARSON: _TaskMetric.ValueType  # 4
     TASK_METRIC_NUMERIC: _TaskMetric.ValueType  # 5
+    """Share of rows whose last number equals the completion's; a number after "####" wins."""
+    TASK_METRIC_ACCURACY: _TaskMetric.ValueType  # 6
+    """Share of rows whose answer is the row's label, blanks squeezed."""
+    TASK_METRIC_CHOICE_LETTER: _TaskMetric.ValueType  # 7
+    """Share of rows whose answer's first letter is the completion."""
+    TASK_METRIC_SQL_MATCH: _TaskMetric.ValueType  # 8
+    """Share of rows whose answer is the same SQL query, whatever its case and the order of its conditions."""
+    TASK_METRIC_ENTITY_F1: _TaskMetric.ValueType  # 9
+    """Micro F1 of the entities in JSON objects from type to list of texts."""
 
 class TaskMetric(_TaskMetric, metaclass=_TaskMetricEnumTypeWrapper):
     """How the base's held-out answers are scored."""
@@ -150,6 +159,15 @@ TASK_METRIC_ROUGE_L: TaskMetric.ValueType  # 2
 TASK_METRIC_TOKEN_F1: TaskMetric.ValueType  # 3
 TASK_METRIC_PEARSON: TaskMetric.ValueType  # 4
 TASK_METRIC_NUMERIC: TaskMetric.ValueType  # 5
+"""Share of rows whose last number equals the completion's; a number after "####" wins."""
+TASK_METRIC_ACCURACY: TaskMetric.ValueType  # 6
+"""Share of rows whose answer is the row's label, blanks squeezed."""
+TASK_METRIC_CHOICE_LETTER: TaskMetric.ValueType  # 7
+"""Share of rows whose answer's first letter is the completion."""
+TASK_METRIC_SQL_MATCH: TaskMetric.ValueType  # 8
+"""Share of rows whose answer is the same SQL query, whatever its case and the order of its conditions."""
+TASK_METRIC_ENTITY_F1: TaskMetric.ValueType  # 9
+"""Micro F1 of the entities in JSON objects from type to list of texts."""
 Global___TaskMetric: _TypeAlias = TaskMetric  # noqa: Y015
 
 class _EventLevel:
@@ -467,6 +485,8 @@ class EvaluationMetric(_message.Message):
     CI_LOW_FIELD_NUMBER: _builtins.int
     CI_HIGH_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    LIFT_CI_LOW_FIELD_NUMBER: _builtins.int
+    LIFT_CI_HIGH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     base_value: _builtins.float
     adapter_value: _builtins.float
@@ -474,6 +494,9 @@ class EvaluationMetric(_message.Message):
     """95 % bootstrap interval of the adapter's value."""
     ci_high: _builtins.float
     rows: _builtins.int
+    lift_ci_low: _builtins.float
+    """95 % bootstrap interval of adapter_value - base_value, drawn in pairs."""
+    lift_ci_high: _builtins.float
     def __init__(
         self,
         *,
@@ -483,21 +506,66 @@ class EvaluationMetric(_message.Message):
         ci_low: _builtins.float | None = ...,
         ci_high: _builtins.float | None = ...,
         rows: _builtins.int = ...,
+        lift_ci_low: _builtins.float | None = ...,
+        lift_ci_high: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ci_high", b"_ci_high", "_ci_low", b"_ci_low", "ci_high", b"ci_high", "ci_low", b"ci_low"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ci_high", b"_ci_high", "_ci_low", b"_ci_low", "_lift_ci_high", b"_lift_ci_high", "_lift_ci_low", b"_lift_ci_low", "ci_high", b"ci_high", "ci_low", b"ci_low", "lift_ci_high", b"lift_ci_high", "lift_ci_low", b"lift_ci_low"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ci_high", b"_ci_high", "_ci_low", b"_ci_low", "adapter_value", b"adapter_value", "base_value", b"base_value", "ci_high", b"ci_high", "ci_low", b"ci_low", "name", b"name", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ci_high", b"_ci_high", "_ci_low", b"_ci_low", "_lift_ci_high", b"_lift_ci_high", "_lift_ci_low", b"_lift_ci_low", "adapter_value", b"adapter_value", "base_value", b"base_value", "ci_high", b"ci_high", "ci_low", b"ci_low", "lift_ci_high", b"lift_ci_high", "lift_ci_low", b"lift_ci_low", "name", b"name", "rows", b"rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ci_high: _TypeAlias = _typing.Literal["ci_high"]  # noqa: Y015
     _WhichOneofArgType__ci_high: _TypeAlias = _typing.Literal["_ci_high", b"_ci_high"]  # noqa: Y015
     _WhichOneofReturnType__ci_low: _TypeAlias = _typing.Literal["ci_low"]  # noqa: Y015
     _WhichOneofArgType__ci_low: _TypeAlias = _typing.Literal["_ci_low", b"_ci_low"]  # noqa: Y015
+    _WhichOneofReturnType__lift_ci_high: _TypeAlias = _typing.Literal["lift_ci_high"]  # noqa: Y015
+    _WhichOneofArgType__lift_ci_high: _TypeAlias = _typing.Literal["_lift_ci_high", b"_lift_ci_high"]  # noqa: Y015
+    _WhichOneofReturnType__lift_ci_low: _TypeAlias = _typing.Literal["lift_ci_low"]  # noqa: Y015
+    _WhichOneofArgType__lift_ci_low: _TypeAlias = _typing.Literal["_lift_ci_low", b"_lift_ci_low"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ci_high) -> _WhichOneofReturnType__ci_high | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ci_low) -> _WhichOneofReturnType__ci_low | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lift_ci_high) -> _WhichOneofReturnType__lift_ci_high | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lift_ci_low) -> _WhichOneofReturnType__lift_ci_low | None: ...
 
 Global___EvaluationMetric: _TypeAlias = EvaluationMetric  # noqa: Y015
+
+@_typing.final
+class ParityReport(_message.Message):
+    """How far the inference service's log-probabilities are from the trainer's on probe rows, with the adapter that was trained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    MEAN_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    TOLERANCE_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    tokens: _builtins.int
+    max_difference: _builtins.float
+    """Largest and mean difference of a token's log-probability, in nats."""
+    mean_difference: _builtins.float
+    tolerance: _builtins.float
+    """Above it the version is not published and the job ends FAILED (parity_failed)."""
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        max_difference: _builtins.float = ...,
+        mean_difference: _builtins.float = ...,
+        tolerance: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_difference", b"max_difference", "mean_difference", b"mean_difference", "rows", b"rows", "tokens", b"tokens", "tolerance", b"tolerance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParityReport: _TypeAlias = ParityReport  # noqa: Y015
 
 @_typing.final
 class JobResult(_message.Message):
@@ -513,6 +581,7 @@ class JobResult(_message.Message):
     RESULT_FILES_FIELD_NUMBER: _builtins.int
     COLLAPSED_FIELD_NUMBER: _builtins.int
     CONVERSION_ERROR_FIELD_NUMBER: _builtins.int
+    PARITY_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     version: _builtins.int
     digest: _builtins.str
@@ -530,6 +599,10 @@ class JobResult(_message.Message):
     def result_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """File ids with per-step metrics as CSV."""
 
+    @_builtins.property
+    def parity(self) -> Global___ParityReport:
+        """Absent where the trainer is told of no inference service, or of one with another base."""
+
     def __init__(
         self,
         *,
@@ -541,10 +614,11 @@ class JobResult(_message.Message):
         result_files: _abc.Iterable[_builtins.str] | None = ...,
         collapsed: _builtins.bool = ...,
         conversion_error: _builtins.float = ...,
+        parity: Global___ParityReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["parity", b"parity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "collapsed", b"collapsed", "conversion_error", b"conversion_error", "digest", b"digest", "evaluation", b"evaluation", "fine_tuned_model", b"fine_tuned_model", "result_files", b"result_files", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "collapsed", b"collapsed", "conversion_error", b"conversion_error", "digest", b"digest", "evaluation", b"evaluation", "fine_tuned_model", b"fine_tuned_model", "parity", b"parity", "result_files", b"result_files", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

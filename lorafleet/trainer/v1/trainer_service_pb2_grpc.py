@@ -81,6 +81,11 @@ class TrainerServiceStub:
                 request_serializer=lorafleet_dot_trainer_dot_v1_dot_trainer__service__pb2.ListCheckpointsRequest.SerializeToString,
                 response_deserializer=lorafleet_dot_trainer_dot_v1_dot_trainer__service__pb2.ListCheckpointsResponse.FromString,
                 _registered_method=True)
+        self.PublishCheckpoint = channel.unary_unary(
+                '/lorafleet.trainer.v1.TrainerService/PublishCheckpoint',
+                request_serializer=lorafleet_dot_trainer_dot_v1_dot_trainer__service__pb2.PublishCheckpointRequest.SerializeToString,
+                response_deserializer=lorafleet_dot_trainer_dot_v1_dot_job__pb2.Checkpoint.FromString,
+                _registered_method=True)
         self.ValidateDataset = channel.unary_unary(
                 '/lorafleet.trainer.v1.TrainerService/ValidateDataset',
                 request_serializer=lorafleet_dot_trainer_dot_v1_dot_trainer__service__pb2.ValidateDatasetRequest.SerializeToString,
@@ -164,6 +169,14 @@ class TrainerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PublishCheckpoint(self, request, context):
+        """Publishes a checkpoint that is still kept as a version of an adapter. The same checkpoint and adapter give the same version.
+        Errors: job_not_found, checkpoint_not_found (NOT_FOUND); checkpoint_discarded (FAILED_PRECONDITION); bad_name (INVALID_ARGUMENT).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ValidateDataset(self, request, context):
         """Checks a dataset without creating a job. Bad lines are named in the error (invalid_dataset), 20 at most.
         """
@@ -225,6 +238,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.ListCheckpoints,
                     request_deserializer=lorafleet_dot_trainer_dot_v1_dot_trainer__service__pb2.ListCheckpointsRequest.FromString,
                     response_serializer=lorafleet_dot_trainer_dot_v1_dot_trainer__service__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'PublishCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishCheckpoint,
+                    request_deserializer=lorafleet_dot_trainer_dot_v1_dot_trainer__service__pb2.PublishCheckpointRequest.FromString,
+                    response_serializer=lorafleet_dot_trainer_dot_v1_dot_job__pb2.Checkpoint.SerializeToString,
             ),
             'ValidateDataset': grpc.unary_unary_rpc_method_handler(
                     servicer.ValidateDataset,
@@ -481,6 +499,33 @@ class TrainerService:
             '/lorafleet.trainer.v1.TrainerService/ListCheckpoints',
             lorafleet_dot_trainer_dot_v1_dot_trainer__service__pb2.ListCheckpointsRequest.SerializeToString,
             lorafleet_dot_trainer_dot_v1_dot_trainer__service__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorafleet.trainer.v1.TrainerService/PublishCheckpoint',
+            lorafleet_dot_trainer_dot_v1_dot_trainer__service__pb2.PublishCheckpointRequest.SerializeToString,
+            lorafleet_dot_trainer_dot_v1_dot_job__pb2.Checkpoint.FromString,
             options,
             channel_credentials,
             insecure,

@@ -59,6 +59,10 @@ class TrainerServiceStub:
     """Newest first."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ListCheckpointsRequest, _trainer_service_pb2.ListCheckpointsResponse]
     """Newest first."""
+    PublishCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.PublishCheckpointRequest, _job_pb2.Checkpoint]
+    """Publishes a checkpoint that is still kept as a version of an adapter. The same checkpoint and adapter give the same version.
+    Errors: job_not_found, checkpoint_not_found (NOT_FOUND); checkpoint_discarded (FAILED_PRECONDITION); bad_name (INVALID_ARGUMENT).
+    """
     ValidateDataset: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ValidateDatasetRequest, _job_pb2.DatasetReport]
     """Checks a dataset without creating a job. Bad lines are named in the error (invalid_dataset), 20 at most."""
     ListMethods: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ListMethodsRequest, _trainer_service_pb2.ListMethodsResponse]
@@ -94,6 +98,10 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """Newest first."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ListCheckpointsRequest, _trainer_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
     """Newest first."""
+    PublishCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.PublishCheckpointRequest, _job_pb2.Checkpoint]  # type: ignore[assignment]
+    """Publishes a checkpoint that is still kept as a version of an adapter. The same checkpoint and adapter give the same version.
+    Errors: job_not_found, checkpoint_not_found (NOT_FOUND); checkpoint_discarded (FAILED_PRECONDITION); bad_name (INVALID_ARGUMENT).
+    """
     ValidateDataset: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ValidateDatasetRequest, _job_pb2.DatasetReport]  # type: ignore[assignment]
     """Checks a dataset without creating a job. Bad lines are named in the error (invalid_dataset), 20 at most."""
     ListMethods: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ListMethodsRequest, _trainer_service_pb2.ListMethodsResponse]  # type: ignore[assignment]
@@ -180,6 +188,16 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.ListCheckpointsResponse, _abc.Awaitable[_trainer_service_pb2.ListCheckpointsResponse]]:
         """Newest first."""
+
+    @_abc_1.abstractmethod
+    def PublishCheckpoint(
+        self,
+        request: _trainer_service_pb2.PublishCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_pb2.Checkpoint, _abc.Awaitable[_job_pb2.Checkpoint]]:
+        """Publishes a checkpoint that is still kept as a version of an adapter. The same checkpoint and adapter give the same version.
+        Errors: job_not_found, checkpoint_not_found (NOT_FOUND); checkpoint_discarded (FAILED_PRECONDITION); bad_name (INVALID_ARGUMENT).
+        """
 
     @_abc_1.abstractmethod
     def ValidateDataset(
