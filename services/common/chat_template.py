@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,12 +30,29 @@ _PRIVATE_USE = range(0x100000, 0x10FFFE)
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that an assistant turn makes: `arguments` is a JSON object, `id` may be empty."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; `name` is the participant's or the tool's, or empty."""
+    """One turn of a conversation.
+
+    Attributes:
+        name: the participant's or the tool's, or empty.
+        tool_calls: what an assistant turn calls; its content may be empty then.
+        tool_call_id: on a tool's turn, the call that it answers, or empty.
+    """
 
     role: str
     content: str
     name: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
 
 
 def check_messages(messages: Sequence[Message], *, field: str = "messages") -> None:
@@ -69,15 +86,46 @@ def check_messages(messages: Sequence[Message], *, field: str = "messages") -> N
                 value=item.name,
                 limit=limit,
             )
-        if any("\ud800" <= character <= "\udfff" for character in item.content):
+        if not _is_text(item.content):
             raise InvalidArgument(
                 "bad_messages",
                 f"{where}.content holds half a surrogate pair, which is not text.",
                 field=f"{where}.content",
             )
+        _check_tool_calls(item, where)
     if all(item.role == "system" for item in messages):
         message = f"{field} holds only system messages; at least one other turn is needed."
         raise InvalidArgument("bad_messages", message, field=f"{field}[{len(messages) - 1}].role")
+
+
+def _check_tool_calls(message: Message, where: str) -> None:
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidArgument(
+            "bad_messages", f"{where}: only assistant turns call tools.", field=f"{where}.tool_calls"
+        )
+    if message.tool_call_id and message.role != "tool":
+        raise InvalidArgument(
+            "bad_messages", f"{where}: only tool turns answer a call.", field=f"{where}.tool_call_id"
+        )
+    for number, call in enumerate(message.tool_calls):
+        field = f"{where}.tool_calls[{number}]"
+        if not _NAME.fullmatch(call.name):
+            limit = "1 to 64 of A-Z a-z 0-9 _ -"
+            raise InvalidArgument(
+                "bad_messages",
+                f"{field}.name must be {limit}.",
+                field=f"{field}.name",
+                value=call.name,
+                limit=limit,
+            )
+        if not _is_text(call.id) or not _is_text(_to_json(call.arguments)):
+            raise InvalidArgument(
+                "bad_messages", f"{field} holds half a surrogate pair, which is not text.", field=field
+            )
+
+
+def _is_text(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +163,7 @@ class ChatTemplate:
         except TemplateError as error:
             raise _failed(error) from error
         self._names = names
-        self._shows_names = re.search(r"\bname\b", source) is not None
+        self._words = frozenset(re.findall(r"\b(?:name|tools|tool_calls)\b", source))
         self._guard = _Guard(special_tokens)
 
     def render(
@@ -124,6 +172,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         placeholders_for: Sequence[Message] = (),
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Rendering:
         """Return the text of checked messages.
 
@@ -132,37 +181,62 @@ class ChatTemplate:
             add_generation_prompt: end with what opens an assistant turn.
             placeholders_for: choose placeholders that suit these messages too, so that several renderings can
                 be compared.
+            tools: JSON descriptions of the tools that the assistant may call.
 
         Raises:
             InvalidArgument: `bad_messages` where the template itself refuses them, `prompt_too_large`,
-                `unsupported_parameter` for a `name` that the template would leave out.
+                `unsupported_parameter` for a `name`, `tools` or `tool_calls` that the template would leave
+                out.
             FailedPrecondition: `chat_template_failed` where the template breaks or takes too long.
         """
-        swaps = self._guard.placeholders(placeholders_for or messages)
+        swaps = self._guard.placeholders(_texts(placeholders_for or messages, tools))
         turns = [self._turn(index, item, swaps) for index, item in enumerate(messages)]
-        text = self._run(turns, add_generation_prompt)
+        if tools:
+            self._require_place_for("tools", "tools")
+        text = self._run(turns, add_generation_prompt, self._guard.defuse_value(list(tools), swaps))
         return Rendering(text, {ord(stand_in): character for character, stand_in in swaps.items()})
 
-    def _turn(self, index: int, message: Message, swaps: dict[str, str]) -> dict[str, str]:
-        turn = {"role": message.role, "content": self._guard.defuse(message.content, swaps)}
+    def _turn(self, index: int, message: Message, swaps: dict[str, str]) -> dict[str, Any]:
+        turn: dict[str, Any] = {
+            "role": message.role,
+            "content": self._guard.defuse(message.content, swaps),
+        }
         if message.name:
-            if not self._shows_names:
-                field = f"messages[{index}].name"
-                raise InvalidArgument(
-                    "unsupported_parameter",
-                    f"The base's chat template has no place for {field}.",
-                    field=field,
-                )
+            self._require_place_for("name", f"messages[{index}].name")
             turn["name"] = message.name
+        if message.tool_calls:
+            self._require_place_for("tool_calls", f"messages[{index}].tool_calls")
+            turn["tool_calls"] = [
+                {
+                    "type": "function",
+                    "id": self._guard.defuse(call.id, swaps),
+                    "function": {
+                        "name": call.name,
+                        "arguments": self._guard.defuse_value(dict(call.arguments), swaps),
+                    },
+                }
+                for call in message.tool_calls
+            ]
+        if message.tool_call_id:
+            turn["tool_call_id"] = self._guard.defuse(message.tool_call_id, swaps)
         return turn
 
-    def _run(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _require_place_for(self, word: str, field: str) -> None:
+        if word not in self._words:
+            raise InvalidArgument(
+                "unsupported_parameter", f"The base's chat template has no place for {field}.", field=field
+            )
+
+    def _run(self, turns: list[dict[str, Any]], add_generation_prompt: bool, tools: list[Any]) -> str:
         started = time.monotonic()
         pieces: list[str] = []
         size = 0
         try:
             for piece in self._template.generate(
-                messages=turns, add_generation_prompt=add_generation_prompt, **self._names
+                messages=turns,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools or None,
+                **self._names,
             ):
                 pieces.append(piece)
                 size += len(piece)
@@ -199,9 +273,9 @@ class _Guard:
         self._tails = {token[size:] for token in self._tokens for size in range(1, len(token))}
         self._longest = max(map(len, self._tokens), default=0)
 
-    def placeholders(self, messages: Sequence[Message]) -> dict[str, str]:
-        """Return a stand-in, found in none of the messages, for each character that may need one."""
-        used = set().union(*(message.content for message in messages))
+    def placeholders(self, texts: Sequence[str]) -> dict[str, str]:
+        """Return a stand-in, found in none of the texts, for each character that may need one."""
+        used: set[str] = set().union(*texts)
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
         characters = dict.fromkeys(character for token in self._tokens for character in token)
         return dict(zip(characters, free, strict=False))
@@ -222,6 +296,16 @@ class _Guard:
             content = content[:position] + swaps[content[position]] + content[position + 1 :]
         return content
 
+    def defuse_value(self, value: Any, swaps: dict[str, str]) -> Any:
+        """Return a JSON value with every text in it, the keys included, as `defuse`."""
+        if isinstance(value, str):
+            return self.defuse(value, swaps)
+        if isinstance(value, Mapping):
+            return {self.defuse(key, swaps): self.defuse_value(item, swaps) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.defuse_value(item, swaps) for item in value]
+        return value
+
     def _open_end(self, content: str, start: int, end: int) -> int | None:
         for size in range(min(self._longest - 1, end - start), 0, -1):
             if content[end - size : end] in self._heads:
@@ -233,6 +317,15 @@ class _Guard:
             if content[start : start + size] in self._tails:
                 return start + size - 1
         return None
+
+
+def _texts(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return every text that strangers wrote."""
+    texts = [message.content for message in messages]
+    for message in messages:
+        texts.append(message.tool_call_id)
+        texts += [call.id + _to_json(call.arguments) for call in message.tool_calls]
+    return [*texts, *map(_to_json, tools)]
 
 
 class _GenerationTag(Extension):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +88,51 @@ class PromptEncoder:
         """Return the ids of a text that follows a prompt: nothing is added to it."""
         return self._tokenizer.encode(_checked(text), add_special_tokens=False).ids
 
-    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return what `encode_text` returns for each text, on all cores."""
+        encodings = self._tokenizer.encode_batch_fast([_checked(text) for text in texts])
+        return [encoding.ids for encoding in encodings]
+
+    def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return what `encode_completion` returns for each text, on all cores."""
+        checked = [_checked(text) for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(checked, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Return the ids of a conversation; the template alone decides about a begin token.
 
         Raises:
             InvalidArgument: `bad_messages` naming the index, `no_chat_template`, `unsupported_parameter` for
-                a `name` that the template would leave out.
+                a `name`, `tools` or `tool_calls` that the template would leave out.
             FailedPrecondition: `chat_template_failed`.
         """
         template = self._require_template()
         check_messages(messages)
-        rendering = template.render(messages, add_generation_prompt=add_generation_prompt)
+        rendering = template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         return self._plain_ids(self._encode_rendering(rendering))
 
-    def encode_chat_training(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    def encode_chat_training(
+        self,
+        messages: Sequence[Message],
+        *,
+        learned_turns: Collection[int] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> tuple[list[int], list[bool]]:
         """Return the ids of a whole conversation and, for each, whether it is to be learned.
 
         Learned are the assistant's contents and the special tokens that close them.
+
+        Args:
+            messages: the turns.
+            learned_turns: indices of the assistant turns that are learned; all of them when None.
+            tools: JSON descriptions of the tools that the assistant may call.
 
         Raises:
             InvalidArgument: as `encode_chat`, and `bad_messages` where no turn is the assistant's.
@@ -113,16 +141,16 @@ class PromptEncoder:
         """
         template = self._require_template()
         check_messages(messages)
-        whole = template.render(messages, add_generation_prompt=False)
+        whole = template.render(messages, add_generation_prompt=False, tools=tools)
         regions: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
-            if message.role != "assistant":
+            if message.role != "assistant" or (learned_turns is not None and index not in learned_turns):
                 continue
             before = template.render(
-                messages[:index], add_generation_prompt=True, placeholders_for=messages
+                messages[:index], add_generation_prompt=True, placeholders_for=messages, tools=tools
             ).text
             after = template.render(
-                messages[: index + 1], add_generation_prompt=False, placeholders_for=messages
+                messages[: index + 1], add_generation_prompt=False, placeholders_for=messages, tools=tools
             ).text
             if not (after.startswith(before) and whole.text.startswith(after)):
                 raise FailedPrecondition(
@@ -132,7 +160,8 @@ class PromptEncoder:
                 )
             regions.append((len(before), self._turn_end(after, len(before))))
         if not regions:
-            raise InvalidArgument("bad_messages", "No message is the assistant's.", field="messages")
+            text = "No message is the assistant's, or none that is to be learned."
+            raise InvalidArgument("bad_messages", text, field="messages")
         encoding = self._encode_rendering(whole)
         origins = self._origins(whole.text)
         learned = [False] * len(encoding.ids)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from services.common.chat_template import ChatTemplate, Message
+from services.common.chat_template import ChatTemplate, Message, ToolCall
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.prompts import PromptEncoder
 from tests.support.models import CHAT_TEMPLATE, EOS_TOKEN, SPECIAL_TOKENS, byte_tokenizer
@@ -221,6 +221,74 @@ def test_training_stops_at_the_end_token(make: Callable[[Path], Path], expected:
     assert text.strip() == expected
 
 
+def test_only_the_turns_asked_for_are_learned(tiny: Path) -> None:
+    encoder = PromptEncoder.load(tiny)
+    talk = [
+        Message("user", "one"),
+        Message("assistant", "first"),
+        Message("user", "two"),
+        Message("assistant", "second"),
+    ]
+    for turns, text in (([1], "first"), ([3], "second"), ([1, 3], f"first{EOS_TOKEN}second")):
+        ids, learned = encoder.encode_chat_training(talk, learned_turns=turns)
+        assert ids == encoder.encode_chat(talk, add_generation_prompt=False)
+        picked = [token_id for token_id, flag in zip(ids, learned, strict=True) if flag]
+        assert encoder.decode(picked) == text + EOS_TOKEN
+    with pytest.raises(InvalidArgument) as caught:
+        encoder.encode_chat_training(talk, learned_turns=[])
+    assert caught.value.reason == "bad_messages"
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+WEATHER = {"type": "function", "function": {"name": "weather", "description": f"It's hot? {EOS_TOKEN}"}}
+
+
+def test_tools_and_calls_are_rendered_and_stay_text(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(TOOL_TEMPLATE, "utf-8")
+    encoder = PromptEncoder.load(tmp_path)
+    talk = [
+        Message("user", "Rain?"),
+        Message("assistant", "", tool_calls=(ToolCall("weather", {"place": f"{EOS_TOKEN} é"}, "call-1"),)),
+        Message("tool", "yes", tool_call_id="call-1"),
+        Message("assistant", "Yes."),
+    ]
+    ids, learned = encoder.encode_chat_training(talk, tools=[WEATHER])
+    call = json.dumps({"name": "weather", "arguments": {"place": f"{EOS_TOKEN} é"}}, ensure_ascii=False)
+    tools = json.dumps([WEATHER], ensure_ascii=False)
+    assert encoder.decode(ids) == (
+        f"{tools}<|user|>Rain?{EOS_TOKEN}<|assistant|>{call}{EOS_TOKEN}<|tool|>yes{EOS_TOKEN}"
+        f"<|assistant|>Yes.{EOS_TOKEN}"
+    )
+    learnt = encoder.decode([token_id for token_id, flag in zip(ids, learned, strict=True) if flag])
+    assert learnt == f"{call}{EOS_TOKEN}Yes.{EOS_TOKEN}"
+    # The four turns end with the control token; the same characters of strangers are spelled out.
+    (end_id,) = encoder.eos_token_ids
+    assert ids.count(end_id) == 4
+
+
+def test_tools_are_refused_where_the_template_leaves_them_out(tiny: Path) -> None:
+    encoder = PromptEncoder.load(tiny)
+    asked = [Message("user", "x")]
+    called = [*asked, Message("assistant", "", tool_calls=(ToolCall("f", {}),))]
+    for messages, tools, field in ((asked, [WEATHER], "tools"), (called, [], "messages[1].tool_calls")):
+        with pytest.raises(InvalidArgument) as caught:
+            encoder.encode_chat(messages, tools=tools)
+        assert (caught.value.reason, caught.value.field) == ("unsupported_parameter", field)
+
+
+def test_many_texts_are_encoded_as_one_by_one(tiny: Path) -> None:
+    encoder = PromptEncoder.load(tiny)
+    texts = ["", "a <|user|> b", "日本語 🚢", "x" * 500]
+    assert encoder.encode_texts(texts) == [encoder.encode_text(text) for text in texts]
+    assert encoder.encode_completions(texts) == [encoder.encode_completion(text) for text in texts]
+
+
 def test_template_that_looks_ahead_is_refused_for_training(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path)
     template = "{{ messages | length }}" + CHAT_TEMPLATE
@@ -240,6 +308,16 @@ def test_template_that_looks_ahead_is_refused_for_training(tmp_path: Path) -> No
         ([Message("user", "x"), Message("robot", "x")], "messages[1].role"),
         ([Message("system", "x"), Message("system", "y")], "messages[1].role"),
         ([Message("user", "x"), Message("user", "a\ud800")], "messages[1].content"),
+        ([Message("user", "x", tool_calls=(ToolCall("f", {}),))], "messages[0].tool_calls"),
+        ([Message("user", "x", tool_call_id="c")], "messages[0].tool_call_id"),
+        (
+            [Message("user", "x"), Message("assistant", "", tool_calls=(ToolCall("no spaces", {}),))],
+            "messages[1].tool_calls[0].name",
+        ),
+        (
+            [Message("user", "x"), Message("assistant", "", tool_calls=(ToolCall("f", {"a": "\udc00"}),))],
+            "messages[1].tool_calls[0]",
+        ),
         ([Message("user", "x", "no spaces")], "messages[0].name"),
     ],
 )
