@@ -74,6 +74,9 @@ def job_object(job: Job, tenant: str) -> dict[str, Any]:
             "dataset": plain(job.dataset) if job.HasField("dataset") else None,
             "estimate": plain(job.estimate) if job.HasField("estimate") else None,
             "evaluation": [plain(metric) for metric in job.result.evaluation],
+            "collapsed": job.result.collapsed,
+            "conversion_error": job.result.conversion_error,
+            "parity": plain(job.result.parity) if job.result.HasField("parity") else None,
         },
     }
 

@@ -31,6 +31,17 @@ FIELDS = {
 
 # Ranges are the trainer's to check; here a number must only fit the contract's types.
 Count = Annotated[int, Field(ge=0, le=2**32 - 1)]
+TaskMetricName = Literal[
+    "exact_match",
+    "accuracy",
+    "choice_letter",
+    "sql_match",
+    "numeric",
+    "rouge_l",
+    "token_f1",
+    "entity_f1",
+    "pearson",
+]
 
 
 class Hyperparameters(Body):
@@ -61,8 +72,17 @@ class LorafleetOptions(Body):
     validation_fraction: float | None = None
     checkpoint_steps: Count | None = None
     gradient_checkpointing: bool | None = None
-    task_metric: Literal["exact_match", "rouge_l", "token_f1", "pearson", "numeric"] | None = None
+    task_metric: TaskMetricName | None = None
     evaluation_rows: Count | None = None
+    recipe: str | None = None
+    optimizer: str | None = None
+    packing: bool | None = None
+    group_by_length: bool | None = None
+    lora_plus_ratio: float | None = None
+    early_stopping_patience: Count | None = None
+    token_budget: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
+    minutes_budget: float | None = None
+    joint: bool | None = None
 
 
 class Supervised(Body):

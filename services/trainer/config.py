@@ -22,6 +22,13 @@ class TrainerSettings(IndexSettings, StoreSettings, PeerSettings, ServiceSetting
     registry_target: ListenAddress
     """Address of the registry, `HOST:PORT`."""
 
+    inference_target: ListenAddress | None = None
+    """Address of an inference service, `HOST:PORT`, with which versions are checked before they are published.
+    Where it serves another base, or none is named, there is no such check."""
+
+    parity_tolerance_nats: float | None = Field(default=None, gt=0, le=10)
+    """How far a token's log-probability may differ from training to serving; absent: by `compute_dtype`."""
+
     bases: dict[str, Path] = Field(min_length=1)
     """The bases that can be trained on: a JSON object from name to folder."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -59,6 +60,10 @@ _METRICS = {
     TaskMetric.TOKEN_F1: job_pb2.TASK_METRIC_TOKEN_F1,
     TaskMetric.PEARSON: job_pb2.TASK_METRIC_PEARSON,
     TaskMetric.NUMERIC: job_pb2.TASK_METRIC_NUMERIC,
+    TaskMetric.ACCURACY: job_pb2.TASK_METRIC_ACCURACY,
+    TaskMetric.CHOICE_LETTER: job_pb2.TASK_METRIC_CHOICE_LETTER,
+    TaskMetric.SQL_MATCH: job_pb2.TASK_METRIC_SQL_MATCH,
+    TaskMetric.ENTITY_F1: job_pb2.TASK_METRIC_ENTITY_F1,
 }
 _ENUMS: dict[str, dict[int, object]] = {
     "overlong_policy": {number: name for name, number in _OVERLONG.items()},
@@ -222,7 +227,7 @@ def _estimate_to_proto(estimate: Estimate) -> job_pb2.Estimate:
 
 def _result_to_proto(job: Job) -> job_pb2.JobResult | None:
     """Return what the job has made so far; None where that is nothing."""
-    if job.result is None and job.evaluation is None and job.result_file is None:
+    if all(part is None for part in (job.result, job.evaluation, job.parity, job.result_file)):
         return None
     message = job_pb2.JobResult(
         evaluation=[
@@ -232,11 +237,14 @@ def _result_to_proto(job: Job) -> job_pb2.JobResult | None:
                 adapter_value=figure.adapter_value,
                 ci_low=figure.ci_low,
                 ci_high=figure.ci_high,
+                lift_ci_low=figure.lift_ci_low,
+                lift_ci_high=figure.lift_ci_high,
                 rows=figure.rows,
             )
             for figure in job.evaluation or ()
         ],
         result_files=[] if job.result_file is None else [job.result_file],
+        parity=None if job.parity is None else job_pb2.ParityReport(**asdict(job.parity)),
     )
     if job.result is not None:
         message.adapter = job.result.adapter

@@ -73,8 +73,8 @@ class Progress:
 class EvaluationMetric:
     """One figure on the held-out rows, of the base and of the adapter.
 
-    `ci_low` to `ci_high` is the adapter's 95 % interval; `lift_ci_low` to `lift_ci_high` that of the adapter's
-    value minus the base's, drawn in pairs.
+    `ci_low` to `ci_high` is the adapter's 95 % interval; `lift_ci_low` to `lift_ci_high` that of the
+    adapter's value minus the base's, drawn in pairs.
     """
 
     name: str
@@ -139,6 +139,22 @@ class JobResult:
 
 
 @dataclass(frozen=True, slots=True)
+class ParityReport:
+    """How far two services are apart on the probes, in nats; see `trainer/v1/job.proto`."""
+
+    rows: int
+    tokens: int
+    max_difference: float
+    mean_difference: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the version may be published. What is not a number does not hold."""
+        return self.max_difference <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What a record adds to the job; None leaves it as it was."""
 
@@ -149,6 +165,7 @@ class Facts:
     estimate: Estimate | None = None
     checkpoint: Checkpoint | None = None
     evaluation: tuple[EvaluationMetric, ...] | None = None
+    parity: ParityReport | None = None
     result_file: str | None = None
     result: JobResult | None = None
     failure: JobFailure | None = None
@@ -215,6 +232,7 @@ class Job:
     estimate: Estimate | None = None
     checkpoints: tuple[Checkpoint, ...] = ()
     evaluation: tuple[EvaluationMetric, ...] | None = None
+    parity: ParityReport | None = None
     result_file: str | None = None
     result: JobResult | None = None
     trained_tokens: int = 0
@@ -267,7 +285,7 @@ class Job:
             job = replace(job, checkpoints=(*job.checkpoints[:-1], last))
         plain = {
             name: value
-            for name in ("dataset", "estimate", "evaluation", "result_file", "result", "failure")
+            for name in ("dataset", "estimate", "evaluation", "parity", "result_file", "result", "failure")
             if (value := getattr(facts, name)) is not None
         }
         return replace(job, **plain)

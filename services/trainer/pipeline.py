@@ -26,10 +26,12 @@ from services.trainer.job import (
     JobResult,
     JobState,
     Level,
+    ParityReport,
     Progress,
 )
 from services.trainer.journal import checkpoint_prefix
 from services.trainer.link import Order, Outcome, WorkerLink
+from services.trainer.parity import TOLERANCE_NATS, ParityGate, parity_failed
 from services.trainer.patience import Patience
 from services.trainer.preparation import PreparedData, prepare
 from services.trainer.publishing import job_result, metrics_csv, model_card
@@ -40,6 +42,7 @@ from services.trainer.training.checkpoint import CheckpointStore
 from services.trainer.training.evaluate import evaluate
 from services.trainer.training.loop import TrainingRun
 from services.trainer.training.model import AdapterModel, BaseFolder, attach_adapter, load_base
+from services.trainer.training.probes import probe
 
 KEPT_CHECKPOINTS = 2
 # After this many steps the pace is known well enough to tell the minutes.
@@ -89,7 +92,9 @@ class Pipeline:
             await asyncio.to_thread(run.train)
             await asyncio.to_thread(self._evaluate, model, data)
             await self._store_figures(registry, run)
-            await self._publish(registry, model)
+            folder, base = await asyncio.to_thread(self._write_adapter, model)
+            await self._check_parity(registry, model, data, folder, base)
+            await self._publish(registry, folder, base)
         finally:
             await registry.close()
 
@@ -212,14 +217,66 @@ class Pipeline:
             file_id = await self._patience.call(partial(registry.create_result_file, filename, data))
             self._record(Draft("Metrics of every step stored", facts=Facts(result_file=file_id)))
 
-    async def _publish(self, registry: RegistryClient, model: AdapterModel) -> None:
+    def _write_adapter(self, model: AdapterModel) -> tuple[Path, TrainableBase]:
+        """Write what is to be published, and return its folder with the base it is bound to."""
+        base_name = self._job.request.base_model
+        folder = self._folder / "adapter"
+        model.save(folder, base_name)
+        return folder, TrainableBase.load(base_name, self._base_path, self._settings.base_quantization)
+
+    async def _check_parity(
+        self,
+        registry: RegistryClient,
+        model: AdapterModel,
+        data: PreparedData,
+        folder: Path,
+        base: TrainableBase,
+    ) -> None:
+        """Have the inference service compute what was trained; raise `FailedPrecondition` if it differs."""
+        if self._settings.inference_target is None:
+            return
+        report = self._job.parity or await self._measure_parity(registry, model, data, folder, base)
+        if report is None:
+            text = "The inference service has another base: what it computes was not compared"
+            self._send(Draft(text, level=Level.WARN))
+        elif not report.holds:
+            raise parity_failed(report)
+
+    async def _measure_parity(
+        self,
+        registry: RegistryClient,
+        model: AdapterModel,
+        data: PreparedData,
+        folder: Path,
+        base: TrainableBase,
+    ) -> ParityReport | None:
+        settings = self._settings
+        assert settings.inference_target is not None
+        dtype = settings.base_quantization.compute_dtype
+        tolerance = settings.parity_tolerance_nats or TOLERANCE_NATS[dtype]
+        probes = await asyncio.to_thread(probe, model, data.validation or data.training)
+        gate = ParityGate(settings.inference_target, registry, tolerance, settings.peer_tls)
+        try:
+            report = await self._patience.call(
+                partial(
+                    gate.check,
+                    folder,
+                    probes,
+                    name=self._job.id,
+                    base_fingerprint_digest=base.fingerprint.digest,
+                )
+            )
+        finally:
+            await gate.close()
+        if report is not None:
+            text = f"Served and trained log-probabilities {'agree' if report.holds else 'differ'}"
+            values = {"max_difference": report.max_difference, "mean_difference": report.mean_difference}
+            self._record(Draft(text, data=values, facts=Facts(parity=report)))
+        return report
+
+    async def _publish(self, registry: RegistryClient, folder: Path, base: TrainableBase) -> None:
         self.check()
         request = self._job.request
-        folder = self._folder / "adapter"
-        model.save(folder, request.base_model)
-        base = await asyncio.to_thread(
-            TrainableBase.load, request.base_model, self._base_path, self._settings.base_quantization
-        )
         published = await self._patience.call(
             partial(
                 registry.publish,

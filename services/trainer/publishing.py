@@ -44,7 +44,7 @@ def model_card(job: Job, encoder: PromptEncoder) -> adapter_pb2.ModelCard:
         training_rows=job.dataset.rows,
         trained_tokens=job.trained_tokens,
         seed=request.seed,
-        metrics=[metric for figure in job.evaluation or () for metric in _metrics(figure)],
+        metrics=[*(metric for figure in job.evaluation or () for metric in _metrics(figure)), *_parity(job)],
         job_id=job.id,
         stop_token_ids=sorted(encoder.eos_token_ids),
         libraries={name: version(name) for name in _LIBRARIES},
@@ -97,6 +97,17 @@ def _metrics(figure: EvaluationMetric) -> list[adapter_pb2.Metric]:
         ci_high=figure.ci_high,
     )
     return [base, adapter]
+
+
+def _parity(job: Job) -> list[adapter_pb2.Metric]:
+    """Return the card's word on the parity gate; none where there was no gate."""
+    report = job.parity
+    if report is None:
+        return []
+    value = report.max_difference
+    return [
+        adapter_pb2.Metric(name="parity_max_difference", subject="adapter", value=value, rows=report.rows)
+    ]
 
 
 def _text(value: object) -> str:

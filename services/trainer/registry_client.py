@@ -14,7 +14,7 @@ from lorafleet.registry.v1.base_model_pb2_grpc import BaseModelServiceStub
 from lorafleet.registry.v1.file_pb2_grpc import FileServiceStub
 from services.common.adapter_format import CONFIG_FILE, WEIGHTS_FILE
 from services.common.channels import open_channel
-from services.common.errors import DataLoss, ResourceExhausted
+from services.common.errors import DataLoss, NotFound, ResourceExhausted
 from services.common.status import from_rpc_error
 from services.common.tls import PeerTls
 from services.trainer.bases import TrainableBase
@@ -133,6 +133,15 @@ class RegistryClient:
             return await self._adapters.PublishVersion(requests(), timeout=TRANSFER_SECONDS)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
+
+    async def delete_adapter(self, adapter: str) -> None:
+        """Delete an adapter with its versions; no error where there is none."""
+        try:
+            await self._adapters.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(adapter=adapter))
+        except grpc.RpcError as error:
+            reason = from_rpc_error(error)
+            if not isinstance(reason, NotFound):
+                raise reason from error
 
 
 def _described(path: Path) -> adapter_pb2.AdapterFile:

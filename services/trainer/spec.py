@@ -17,7 +17,7 @@ DEFAULT_LORA_PLUS_RATIO = 16.0
 # Fields that a recipe sets where the caller does not.
 RECIPES: dict[str, dict[str, object]] = {
     DEFAULT_RECIPE: {},
-    # Zhao et al. 2024, arXiv 2405.00732, figure 4; alpha and dropout are the defaults of the library used there.
+    # Zhao et al. 2024, arXiv 2405.00732, figure 4; alpha and dropout are defaults of the library used there.
     "paper": {
         "rank": 8,
         "alpha": 16.0,
@@ -73,6 +73,10 @@ class TaskMetric(StrEnum):
     TOKEN_F1 = "token_f1"  # noqa: S105
     PEARSON = "pearson"
     NUMERIC = "numeric"
+    ACCURACY = "accuracy"
+    CHOICE_LETTER = "choice_letter"
+    SQL_MATCH = "sql_match"
+    ENTITY_F1 = "entity_f1"
 
 
 @dataclass(frozen=True, slots=True)

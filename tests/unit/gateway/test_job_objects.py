@@ -41,7 +41,9 @@ def test_everything_arrives() -> None:
         "weight_decay": 0.01, "max_grad_norm": 0.5, "max_seq_len": 128, "overlong_policy": "drop",
         "loss_scope": "all", "validation_fraction": 0.2, "checkpoint_steps": 7,
         "gradient_checkpointing": True, "task_metric": "rouge_l",
-        "evaluation_rows": 9,
+        "evaluation_rows": 9, "recipe": "paper", "optimizer": "adamw_8bit", "packing": True,
+        "group_by_length": True, "lora_plus_ratio": 4.0, "early_stopping_patience": 2,
+        "token_budget": 10**12, "minutes_budget": 1.5, "joint": True,
     }  # fmt: skip
     method = supervised(hyperparameters={"n_epochs": 2, "batch_size": 3}, lorafleet=options)
     request = check(

@@ -1,0 +1,109 @@
+"""The parity gate between a real trainer and a real inference service."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from lorafleet.registry.v1 import adapter_pb2
+from lorafleet.trainer.v1 import job_pb2
+from services.common.errors import NotFound
+from services.trainer.parity import CANDIDATE_TENANT, Probe, compare
+from tests.support.inference import running_inference, settings_for
+from tests.support.models import make_tiny_llama
+from tests.support.trainer import (
+    BASE,
+    Trainer,
+    TrainerPlace,
+    prompt_rows,
+    registry_host,
+    running_trainer,
+    spec,
+)
+
+SPEC = spec(n_epochs=2, batch_size=4, validation_fraction=0.25)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / BASE)
+
+
+@pytest.fixture
+def place(base: Path, tmp_path: Path, redis_url: str) -> TrainerPlace:
+    return TrainerPlace(base, tmp_path, redis_url)
+
+
+@asynccontextmanager
+async def trainer_and_inference(place: TrainerPlace, served: Path, **changes: str) -> AsyncIterator[Trainer]:
+    async with registry_host(place) as registry:
+        settings = settings_for(
+            served, place.folder / "cache", registry, base_name=served.name, quantization="nf4"
+        )
+        async with (
+            running_inference(settings) as (_, inference),
+            running_trainer(place, registry, INFERENCE_TARGET=inference, **changes) as trainer,
+        ):
+            yield trainer
+
+
+async def test_a_version_is_published_once_serving_agrees(place: TrainerPlace) -> None:
+    async with trainer_and_inference(place, place.base) as trainer:
+        job = await trainer.create(prompt_rows(40), SPEC, adapter="digits")
+        job = await trainer.until(job.id, job_pb2.JOB_STATE_SUCCEEDED)
+        parity = job.result.parity
+        assert parity.rows == 8
+        assert parity.tokens > 8
+        # The weights moved, so agreement is about the adapter and not about the base alone.
+        assert 0 < parity.max_difference < parity.tolerance == pytest.approx(1e-3)
+        version = await trainer.registry.call(
+            trainer.registry.adapters.ResolveVersion, adapter_pb2.ResolveVersionRequest(ref="digits")
+        )
+        (metric,) = (m for m in version.card.metrics if m.name == "parity_max_difference")
+        assert metric.value == parity.max_difference
+        assert await candidates(trainer) == []
+
+
+async def test_a_version_that_serves_otherwise_is_not_published(place: TrainerPlace) -> None:
+    # No two programs agree to so many digits.
+    async with trainer_and_inference(place, place.base, PARITY_TOLERANCE_NATS="1e-12") as trainer:
+        job = await trainer.create(prompt_rows(40), SPEC, adapter="digits")
+        job = await trainer.until(job.id, job_pb2.JOB_STATE_FAILED)
+        assert "differs by" in job.error.message
+        assert re.search(r"at most 1e-12", job.error.message)
+        assert job.result.parity.max_difference > 1e-12, "the report is kept"
+        with pytest.raises(NotFound):
+            await trainer.registry.call(
+                trainer.registry.adapters.ResolveVersion, adapter_pb2.ResolveVersionRequest(ref="digits")
+            )
+        assert await candidates(trainer) == []
+
+
+async def test_another_base_is_not_compared(place: TrainerPlace, tmp_path: Path) -> None:
+    other = make_tiny_llama(tmp_path / "other", seed=9)
+    async with trainer_and_inference(place, other) as trainer:
+        job = await trainer.create(prompt_rows(40), SPEC, adapter="digits")
+        job = await trainer.until(job.id, job_pb2.JOB_STATE_SUCCEEDED)
+        assert not job.result.HasField("parity")
+        warnings = [e.message for e in await trainer.events(job.id) if e.level == job_pb2.EVENT_LEVEL_WARN]
+        assert any("another base" in text for text in warnings)
+
+
+def test_one_token_apart_is_found() -> None:
+    probes = [Probe((1, 2, 3), (-1.0, -2.0)), Probe((4, 5), (-0.5,))]
+    report = compare(probes, [[-1.0, -2.25], [-0.5]], 0.1)
+    assert (report.rows, report.tokens) == (2, 3)
+    assert report.max_difference == pytest.approx(0.25)
+    assert report.mean_difference == pytest.approx(0.25 / 3)
+    assert not report.holds
+    assert not compare(probes, [[-1.0, float("nan")], [-0.5]], 0.1).holds
+
+
+async def candidates(trainer: Trainer) -> list[str]:
+    client = trainer.registry.as_tenant(CANDIDATE_TENANT)
+    listed = await client.call(client.adapters.ListAdapters, adapter_pb2.ListAdaptersRequest())
+    return [adapter.name for adapter in listed.adapters if adapter.HasField("latest_version")]
