@@ -64,7 +64,7 @@ class _OverlongPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Overlo
     OVERLONG_POLICY_REJECT: _OverlongPolicy.ValueType  # 1
     """The job is refused with the count and the worst line (example_too_long)."""
     OVERLONG_POLICY_TRUNCATE: _OverlongPolicy.ValueType  # 2
-    """The prompt is cut on the left; an event tells how many rows."""
+    """The prompt is cut on the left, a row without a prompt ("text") on the right; an event tells how many rows."""
     OVERLONG_POLICY_DROP: _OverlongPolicy.ValueType  # 3
     """The row is left out; an event tells how many."""
 
@@ -76,7 +76,7 @@ OVERLONG_POLICY_UNSPECIFIED: OverlongPolicy.ValueType  # 0
 OVERLONG_POLICY_REJECT: OverlongPolicy.ValueType  # 1
 """The job is refused with the count and the worst line (example_too_long)."""
 OVERLONG_POLICY_TRUNCATE: OverlongPolicy.ValueType  # 2
-"""The prompt is cut on the left; an event tells how many rows."""
+"""The prompt is cut on the left, a row without a prompt ("text") on the right; an event tells how many rows."""
 OVERLONG_POLICY_DROP: OverlongPolicy.ValueType  # 3
 """The row is left out; an event tells how many."""
 Global___OverlongPolicy: _TypeAlias = OverlongPolicy  # noqa: Y015
@@ -227,6 +227,7 @@ class TrainingSpec(_message.Message):
     TOKEN_BUDGET_FIELD_NUMBER: _builtins.int
     MINUTES_BUDGET_FIELD_NUMBER: _builtins.int
     JOINT_FIELD_NUMBER: _builtins.int
+    STRICT_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """By name, as TrainerService.ListMethods tells: "lora", "rslora", "dora" and others. Empty: "lora"."""
     rank: _builtins.int
@@ -294,6 +295,10 @@ class TrainingSpec(_message.Message):
     """Whether the job may be trained together with others on one copy of the base. The result is that of training alone.
     Default true.
     """
+    strict: _builtins.bool
+    """Refuse what is otherwise a warning about the data: validation rows that are also trained on (train_validation_overlap).
+    Default false.
+    """
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Suffixes of linear layers; empty: all linear layers of the decoder."""
@@ -331,10 +336,11 @@ class TrainingSpec(_message.Message):
         token_budget: _builtins.int | None = ...,
         minutes_budget: _builtins.float | None = ...,
         joint: _builtins.bool | None = ...,
+        strict: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_dropout", b"_dropout", "_early_stopping_patience", b"_early_stopping_patience", "_evaluation_rows", b"_evaluation_rows", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_group_by_length", b"_group_by_length", "_joint", b"_joint", "_learning_rate", b"_learning_rate", "_lora_plus_ratio", b"_lora_plus_ratio", "_max_grad_norm", b"_max_grad_norm", "_max_seq_len", b"_max_seq_len", "_minutes_budget", b"_minutes_budget", "_n_epochs", b"_n_epochs", "_packing", b"_packing", "_rank", b"_rank", "_token_budget", b"_token_budget", "_validation_fraction", b"_validation_fraction", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "dropout", b"dropout", "early_stopping_patience", b"early_stopping_patience", "evaluation_rows", b"evaluation_rows", "gradient_accumulation_steps", b"gradient_accumulation_steps", "gradient_checkpointing", b"gradient_checkpointing", "group_by_length", b"group_by_length", "joint", b"joint", "learning_rate", b"learning_rate", "lora_plus_ratio", b"lora_plus_ratio", "max_grad_norm", b"max_grad_norm", "max_seq_len", b"max_seq_len", "minutes_budget", b"minutes_budget", "n_epochs", b"n_epochs", "packing", b"packing", "rank", b"rank", "token_budget", b"token_budget", "validation_fraction", b"validation_fraction", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_dropout", b"_dropout", "_early_stopping_patience", b"_early_stopping_patience", "_evaluation_rows", b"_evaluation_rows", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_group_by_length", b"_group_by_length", "_joint", b"_joint", "_learning_rate", b"_learning_rate", "_lora_plus_ratio", b"_lora_plus_ratio", "_max_grad_norm", b"_max_grad_norm", "_max_seq_len", b"_max_seq_len", "_minutes_budget", b"_minutes_budget", "_n_epochs", b"_n_epochs", "_packing", b"_packing", "_rank", b"_rank", "_strict", b"_strict", "_token_budget", b"_token_budget", "_validation_fraction", b"_validation_fraction", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "dropout", b"dropout", "early_stopping_patience", b"early_stopping_patience", "evaluation_rows", b"evaluation_rows", "gradient_accumulation_steps", b"gradient_accumulation_steps", "gradient_checkpointing", b"gradient_checkpointing", "group_by_length", b"group_by_length", "joint", b"joint", "learning_rate", b"learning_rate", "lora_plus_ratio", b"lora_plus_ratio", "max_grad_norm", b"max_grad_norm", "max_seq_len", b"max_seq_len", "minutes_budget", b"minutes_budget", "n_epochs", b"n_epochs", "packing", b"packing", "rank", b"rank", "strict", b"strict", "token_budget", b"token_budget", "validation_fraction", b"validation_fraction", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_dropout", b"_dropout", "_early_stopping_patience", b"_early_stopping_patience", "_evaluation_rows", b"_evaluation_rows", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_group_by_length", b"_group_by_length", "_joint", b"_joint", "_learning_rate", b"_learning_rate", "_lora_plus_ratio", b"_lora_plus_ratio", "_max_grad_norm", b"_max_grad_norm", "_max_seq_len", b"_max_seq_len", "_minutes_budget", b"_minutes_budget", "_n_epochs", b"_n_epochs", "_packing", b"_packing", "_rank", b"_rank", "_token_budget", b"_token_budget", "_validation_fraction", b"_validation_fraction", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "dropout", b"dropout", "early_stopping_patience", b"early_stopping_patience", "evaluation_rows", b"evaluation_rows", "gradient_accumulation_steps", b"gradient_accumulation_steps", "gradient_checkpointing", b"gradient_checkpointing", "group_by_length", b"group_by_length", "joint", b"joint", "learning_rate", b"learning_rate", "lora_plus_ratio", b"lora_plus_ratio", "loss_scope", b"loss_scope", "max_grad_norm", b"max_grad_norm", "max_seq_len", b"max_seq_len", "method", b"method", "minutes_budget", b"minutes_budget", "n_epochs", b"n_epochs", "optimizer", b"optimizer", "overlong_policy", b"overlong_policy", "packing", b"packing", "rank", b"rank", "recipe", b"recipe", "schedule", b"schedule", "target_modules", b"target_modules", "task_metric", b"task_metric", "token_budget", b"token_budget", "validation_fraction", b"validation_fraction", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_dropout", b"_dropout", "_early_stopping_patience", b"_early_stopping_patience", "_evaluation_rows", b"_evaluation_rows", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_group_by_length", b"_group_by_length", "_joint", b"_joint", "_learning_rate", b"_learning_rate", "_lora_plus_ratio", b"_lora_plus_ratio", "_max_grad_norm", b"_max_grad_norm", "_max_seq_len", b"_max_seq_len", "_minutes_budget", b"_minutes_budget", "_n_epochs", b"_n_epochs", "_packing", b"_packing", "_rank", b"_rank", "_strict", b"_strict", "_token_budget", b"_token_budget", "_validation_fraction", b"_validation_fraction", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "dropout", b"dropout", "early_stopping_patience", b"early_stopping_patience", "evaluation_rows", b"evaluation_rows", "gradient_accumulation_steps", b"gradient_accumulation_steps", "gradient_checkpointing", b"gradient_checkpointing", "group_by_length", b"group_by_length", "joint", b"joint", "learning_rate", b"learning_rate", "lora_plus_ratio", b"lora_plus_ratio", "loss_scope", b"loss_scope", "max_grad_norm", b"max_grad_norm", "max_seq_len", b"max_seq_len", "method", b"method", "minutes_budget", b"minutes_budget", "n_epochs", b"n_epochs", "optimizer", b"optimizer", "overlong_policy", b"overlong_policy", "packing", b"packing", "rank", b"rank", "recipe", b"recipe", "schedule", b"schedule", "strict", b"strict", "target_modules", b"target_modules", "task_metric", b"task_metric", "token_budget", b"token_budget", "validation_fraction", b"validation_fraction", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
@@ -372,6 +378,8 @@ class TrainingSpec(_message.Message):
     _WhichOneofArgType__packing: _TypeAlias = _typing.Literal["_packing", b"_packing"]  # noqa: Y015
     _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
     _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    _WhichOneofReturnType__strict: _TypeAlias = _typing.Literal["strict"]  # noqa: Y015
+    _WhichOneofArgType__strict: _TypeAlias = _typing.Literal["_strict", b"_strict"]  # noqa: Y015
     _WhichOneofReturnType__token_budget: _TypeAlias = _typing.Literal["token_budget"]  # noqa: Y015
     _WhichOneofArgType__token_budget: _TypeAlias = _typing.Literal["_token_budget", b"_token_budget"]  # noqa: Y015
     _WhichOneofReturnType__validation_fraction: _TypeAlias = _typing.Literal["validation_fraction"]  # noqa: Y015
@@ -416,6 +424,8 @@ class TrainingSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__packing) -> _WhichOneofReturnType__packing | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strict) -> _WhichOneofReturnType__strict | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__token_budget) -> _WhichOneofReturnType__token_budget | None: ...
     @_typing.overload
@@ -625,8 +635,33 @@ class JobResult(_message.Message):
 Global___JobResult: _TypeAlias = JobResult  # noqa: Y015
 
 @_typing.final
+class HistogramBucket(_message.Message):
+    """Rows by how many of their tokens count in the loss."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UP_TO_TOKENS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    up_to_tokens: _builtins.int
+    """A power of two. The rows have at most this many such tokens and more than the bucket before."""
+    rows: _builtins.int
+    def __init__(
+        self,
+        *,
+        up_to_tokens: _builtins.int = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "up_to_tokens", b"up_to_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HistogramBucket: _TypeAlias = HistogramBucket  # noqa: Y015
+
+@_typing.final
 class DatasetReport(_message.Message):
-    """What the data looked like before training."""
+    """What the data looks like, told before training. Counts cover both files unless they say otherwise."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -637,21 +672,56 @@ class DatasetReport(_message.Message):
     SUPERVISED_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_ROW_TOKENS_FIELD_NUMBER: _builtins.int
     OVERLONG_ROWS_FIELD_NUMBER: _builtins.int
+    TRUNCATED_ROWS_FIELD_NUMBER: _builtins.int
+    DROPPED_ROWS_FIELD_NUMBER: _builtins.int
     DUPLICATE_ROWS_FIELD_NUMBER: _builtins.int
     OVERLAP_ROWS_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    VALIDATION_DIGEST_FIELD_NUMBER: _builtins.int
+    SUPERVISED_HISTOGRAM_FIELD_NUMBER: _builtins.int
+    ROWS_WITHOUT_STOP_FIELD_NUMBER: _builtins.int
+    PREFIX_MISMATCH_ROWS_FIELD_NUMBER: _builtins.int
+    LAST_TURN_ONLY_ROWS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     rows: _builtins.int
+    """Rows that are trained on."""
     validation_rows: _builtins.int
+    """Rows that are held out."""
     schema: _builtins.str
-    """"messages" or "prompt_completion"."""
+    """"messages" (OpenAI: messages with tools and weights), "prompt_completion", "text" (all of it is learned), "alpaca"
+    (instruction, input, output: a conversation where the base has a chat template, text under headings where not) or
+    "sharegpt" (conversations of from and value).
+    """
     tokens: _builtins.int
+    """Tokens of one pass over the rows that are trained on, and those of them that count in the loss."""
     supervised_tokens: _builtins.int
     max_row_tokens: _builtins.int
+    """Longest row, before the overlong policy."""
     overlong_rows: _builtins.int
+    """Rows longer than `max_seq_len`: those that are cut, and those that are left out."""
+    truncated_rows: _builtins.int
+    dropped_rows: _builtins.int
     duplicate_rows: _builtins.int
+    """Rows of the training file that repeat an earlier one."""
     overlap_rows: _builtins.int
-    """Held-out rows that are also trained on."""
+    """Rows of the validation file that are also trained on."""
     digest: _builtins.str
+    """SHA-256 of the training file and of the validation file, empty without one."""
+    validation_digest: _builtins.str
+    rows_without_stop: _builtins.int
+    """Rows whose last counted token is none that ends generation: a model that learns them may not stop."""
+    prefix_mismatch_rows: _builtins.int
+    """Rows that do not begin with the tokens that serving sends for their last answer."""
+    last_turn_only_rows: _builtins.int
+    """Rows of which only the last answer is learned, because the chat template writes earlier ones differently later on."""
+    @_builtins.property
+    def supervised_histogram(self) -> _containers.RepeatedCompositeFieldContainer[Global___HistogramBucket]:
+        """Of the rows that are trained on; empty buckets are left out."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What of the above its owner should know, in words."""
+
     def __init__(
         self,
         *,
@@ -662,13 +732,21 @@ class DatasetReport(_message.Message):
         supervised_tokens: _builtins.int = ...,
         max_row_tokens: _builtins.int = ...,
         overlong_rows: _builtins.int = ...,
+        truncated_rows: _builtins.int = ...,
+        dropped_rows: _builtins.int = ...,
         duplicate_rows: _builtins.int = ...,
         overlap_rows: _builtins.int = ...,
         digest: _builtins.str = ...,
+        validation_digest: _builtins.str = ...,
+        supervised_histogram: _abc.Iterable[Global___HistogramBucket] | None = ...,
+        rows_without_stop: _builtins.int = ...,
+        prefix_mismatch_rows: _builtins.int = ...,
+        last_turn_only_rows: _builtins.int = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "duplicate_rows", b"duplicate_rows", "max_row_tokens", b"max_row_tokens", "overlap_rows", b"overlap_rows", "overlong_rows", b"overlong_rows", "rows", b"rows", "schema", b"schema", "supervised_tokens", b"supervised_tokens", "tokens", b"tokens", "validation_rows", b"validation_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "dropped_rows", b"dropped_rows", "duplicate_rows", b"duplicate_rows", "last_turn_only_rows", b"last_turn_only_rows", "max_row_tokens", b"max_row_tokens", "overlap_rows", b"overlap_rows", "overlong_rows", b"overlong_rows", "prefix_mismatch_rows", b"prefix_mismatch_rows", "rows", b"rows", "rows_without_stop", b"rows_without_stop", "schema", b"schema", "supervised_histogram", b"supervised_histogram", "supervised_tokens", b"supervised_tokens", "tokens", b"tokens", "truncated_rows", b"truncated_rows", "validation_digest", b"validation_digest", "validation_rows", b"validation_rows", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -676,7 +754,9 @@ Global___DatasetReport: _TypeAlias = DatasetReport  # noqa: Y015
 
 @_typing.final
 class Estimate(_message.Message):
-    """What the run is expected to take."""
+    """What the run is expected to take. CreateJob's is made from the beginning of the training file; it is made anew when the
+    files are validated, and its minutes when the first steps were measured.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -704,12 +784,26 @@ class Estimate(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     MINUTES_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    MINUTES_BASIS_FIELD_NUMBER: _builtins.int
     tokens: _builtins.int
+    """Tokens through the model in training."""
     steps: _builtins.int
+    """Optimizer steps."""
     minutes: _builtins.float
+    total_bytes: _builtins.int
+    """Sum of the parts, and what a job may use here. A job above it is refused (job_too_large)."""
+    limit_bytes: _builtins.int
+    minutes_basis: _builtins.str
+    """What the minutes follow from: "assumed" (arithmetic over an assumed speed), "earlier_jobs" (the pace of the last one like
+    it) or "this_job".
+    """
     @_builtins.property
     def memory_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Bytes by part: "base", "adapter", "optimizer", "activations"."""
+        """Bytes by part: "base", "adapter", "gradients", "optimizer", "activations", "logits". Of evaluation only what training does
+        not need as well. Calculated, not measured.
+        """
 
     def __init__(
         self,
@@ -718,10 +812,13 @@ class Estimate(_message.Message):
         steps: _builtins.int = ...,
         minutes: _builtins.float = ...,
         memory_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        total_bytes: _builtins.int = ...,
+        limit_bytes: _builtins.int = ...,
+        minutes_basis: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "minutes", b"minutes", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit_bytes", b"limit_bytes", "memory_bytes", b"memory_bytes", "minutes", b"minutes", "minutes_basis", b"minutes_basis", "steps", b"steps", "tokens", b"tokens", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

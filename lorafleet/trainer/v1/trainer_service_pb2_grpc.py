@@ -106,7 +106,8 @@ class TrainerServiceServicer:
         """Creates a job. The files are checked before it is queued (state VALIDATING_FILES); what is wrong with them ends the
         job as FAILED with every bad line named. The same `idempotency_key` with the same request returns the first job.
         Errors: bad_hyperparameter, bad_name, bad_metadata, unsupported_method (INVALID_ARGUMENT); base_not_found,
-        file_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION); request_in_progress (ABORTED).
+        file_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION); request_in_progress (ABORTED); dataset_too_large,
+        job_too_large with the bytes of each part (RESOURCE_EXHAUSTED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,14 +136,18 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PauseJob(self, request, context):
-        """Stops at the next step, keeping a checkpoint.
+        """Stops at the next step, keeping a checkpoint, and gives the worker back; the state is PAUSED within seconds. A job that is
+        being validated pauses once it would be queued. Again on a paused job: no change.
+        Errors: job_not_found (NOT_FOUND), already_finished (FAILED_PRECONDITION).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeJob(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Puts a paused job back in its queue; it goes on from its last checkpoint.
+        Errors: job_not_found (NOT_FOUND), not_paused, already_finished (FAILED_PRECONDITION).
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

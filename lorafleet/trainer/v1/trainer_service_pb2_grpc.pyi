@@ -38,7 +38,8 @@ class TrainerServiceStub:
     """Creates a job. The files are checked before it is queued (state VALIDATING_FILES); what is wrong with them ends the
     job as FAILED with every bad line named. The same `idempotency_key` with the same request returns the first job.
     Errors: bad_hyperparameter, bad_name, bad_metadata, unsupported_method (INVALID_ARGUMENT); base_not_found,
-    file_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION); request_in_progress (ABORTED).
+    file_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION); request_in_progress (ABORTED); dataset_too_large,
+    job_too_large with the bytes of each part (RESOURCE_EXHAUSTED).
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.GetJobRequest, _job_pb2.Job]
     """Errors: job_not_found (NOT_FOUND)."""
@@ -49,8 +50,14 @@ class TrainerServiceStub:
     Errors: job_not_found (NOT_FOUND), already_finished (FAILED_PRECONDITION).
     """
     PauseJob: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.PauseJobRequest, _job_pb2.Job]
-    """Stops at the next step, keeping a checkpoint."""
+    """Stops at the next step, keeping a checkpoint, and gives the worker back; the state is PAUSED within seconds. A job that is
+    being validated pauses once it would be queued. Again on a paused job: no change.
+    Errors: job_not_found (NOT_FOUND), already_finished (FAILED_PRECONDITION).
+    """
     ResumeJob: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ResumeJobRequest, _job_pb2.Job]
+    """Puts a paused job back in its queue; it goes on from its last checkpoint.
+    Errors: job_not_found (NOT_FOUND), not_paused, already_finished (FAILED_PRECONDITION).
+    """
     WatchJob: _grpc.UnaryStreamMultiCallable[_trainer_service_pb2.WatchJobRequest, _job_pb2.JobEvent]
     """Events after `after_event_id`, oldest first, then live ones until the job ends. No gap, no repeat.
     Errors: job_not_found, event_not_found (NOT_FOUND).
@@ -77,7 +84,8 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """Creates a job. The files are checked before it is queued (state VALIDATING_FILES); what is wrong with them ends the
     job as FAILED with every bad line named. The same `idempotency_key` with the same request returns the first job.
     Errors: bad_hyperparameter, bad_name, bad_metadata, unsupported_method (INVALID_ARGUMENT); base_not_found,
-    file_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION); request_in_progress (ABORTED).
+    file_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION); request_in_progress (ABORTED); dataset_too_large,
+    job_too_large with the bytes of each part (RESOURCE_EXHAUSTED).
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.GetJobRequest, _job_pb2.Job]  # type: ignore[assignment]
     """Errors: job_not_found (NOT_FOUND)."""
@@ -88,8 +96,14 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     Errors: job_not_found (NOT_FOUND), already_finished (FAILED_PRECONDITION).
     """
     PauseJob: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.PauseJobRequest, _job_pb2.Job]  # type: ignore[assignment]
-    """Stops at the next step, keeping a checkpoint."""
+    """Stops at the next step, keeping a checkpoint, and gives the worker back; the state is PAUSED within seconds. A job that is
+    being validated pauses once it would be queued. Again on a paused job: no change.
+    Errors: job_not_found (NOT_FOUND), already_finished (FAILED_PRECONDITION).
+    """
     ResumeJob: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ResumeJobRequest, _job_pb2.Job]  # type: ignore[assignment]
+    """Puts a paused job back in its queue; it goes on from its last checkpoint.
+    Errors: job_not_found (NOT_FOUND), not_paused, already_finished (FAILED_PRECONDITION).
+    """
     WatchJob: _aio.UnaryStreamMultiCallable[_trainer_service_pb2.WatchJobRequest, _job_pb2.JobEvent]  # type: ignore[assignment]
     """Events after `after_event_id`, oldest first, then live ones until the job ends. No gap, no repeat.
     Errors: job_not_found, event_not_found (NOT_FOUND).
@@ -119,7 +133,8 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Creates a job. The files are checked before it is queued (state VALIDATING_FILES); what is wrong with them ends the
         job as FAILED with every bad line named. The same `idempotency_key` with the same request returns the first job.
         Errors: bad_hyperparameter, bad_name, bad_metadata, unsupported_method (INVALID_ARGUMENT); base_not_found,
-        file_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION); request_in_progress (ABORTED).
+        file_not_found (NOT_FOUND); idempotency_key_reused (FAILED_PRECONDITION); request_in_progress (ABORTED); dataset_too_large,
+        job_too_large with the bytes of each part (RESOURCE_EXHAUSTED).
         """
 
     @_abc_1.abstractmethod
@@ -154,14 +169,20 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_service_pb2.PauseJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_pb2.Job, _abc.Awaitable[_job_pb2.Job]]:
-        """Stops at the next step, keeping a checkpoint."""
+        """Stops at the next step, keeping a checkpoint, and gives the worker back; the state is PAUSED within seconds. A job that is
+        being validated pauses once it would be queued. Again on a paused job: no change.
+        Errors: job_not_found (NOT_FOUND), already_finished (FAILED_PRECONDITION).
+        """
 
     @_abc_1.abstractmethod
     def ResumeJob(
         self,
         request: _trainer_service_pb2.ResumeJobRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_job_pb2.Job, _abc.Awaitable[_job_pb2.Job]]: ...
+    ) -> _typing.Union[_job_pb2.Job, _abc.Awaitable[_job_pb2.Job]]:
+        """Puts a paused job back in its queue; it goes on from its last checkpoint.
+        Errors: job_not_found (NOT_FOUND), not_paused, already_finished (FAILED_PRECONDITION).
+        """
 
     @_abc_1.abstractmethod
     def WatchJob(
