@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from services.common.errors import FailedPrecondition
 from services.inference.adapters.cache import AdapterCache, CacheBudget
+from services.inference.adapters.device_budget import DeviceBudget
 from services.inference.adapters.disk import DiskTier, Fetcher
 from services.inference.adapters.slots import DeviceSlots, StackCache
 from services.inference.config import EngineConfig
 from services.inference.engine.batch import Batch
+from services.inference.engine.blocks import BlockPool
 from services.inference.engine.engine import Engine
+from services.inference.engine.policy import FairShare, FirstCome, QueuePolicy
 from services.inference.engine.request import RequestLimits
 from services.inference.engine.runner import Runner
 from services.inference.model.attention import AttentionStep, PrefillSpan
@@ -29,19 +34,28 @@ def build_engine(config: EngineConfig, fetcher: Fetcher) -> Engine:
         torch.set_num_threads(config.cpu_threads)
     device = config.torch_device
     base = load_base(config.base_path, config.base_quantization, device)
-    kv = _allocate_kv(config, base)
+    budget = config.device_budget
+    kv = _allocate_kv(config, base, budget)
     _run_once(base, kv)
     adapters = AdapterCache(
         fetcher,
         DiskTier(config.adapter_cache_path, config.adapter_disk_bytes),
-        DeviceSlots(device, config.adapter_device_bytes),
+        DeviceSlots(device, budget),
         base.targets,
         base.dtype,
-        CacheBudget(config.adapter_host_bytes, config.loader_threads, config.adapter_failure_seconds),
+        CacheBudget(
+            host_bytes=config.adapter_host_bytes,
+            kept_bytes=int(config.adapter_pin_share * config.adapter_device_bytes),
+            loader_threads=config.loader_threads,
+            download_threads=config.download_threads,
+            failure_seconds=config.adapter_failure_seconds,
+        ),
     )
     return Engine(
         base,
         kv,
+        BlockPool(kv, config.block_size, budget, is_caching=config.enable_prefix_cache),
+        _policy(config),
         adapters,
         StackCache(config.adapter_stack_bytes),
         RequestLimits(_max_model_len(config, base, kv), base.vocab_size),
@@ -50,18 +64,33 @@ def build_engine(config: EngineConfig, fetcher: Fetcher) -> Engine:
     )
 
 
-def _allocate_kv(config: EngineConfig, base: BaseModel) -> PagedKv:
+def _policy(config: EngineConfig) -> QueuePolicy:
+    if config.scheduling_policy == "fcfs":
+        return FirstCome()
+    return FairShare(ageing_seconds=config.ageing_seconds, clock=time.monotonic)
+
+
+def _allocate_kv(config: EngineConfig, base: BaseModel, budget: DeviceBudget) -> PagedKv:
+    """Allocate as many blocks as the KV cache may ever have; `kv_bytes` alone must do for one extent."""
     shape = KvShape.of(base.model.config, config.block_size, base.dtype)
-    num_blocks = config.kv_bytes // shape.block_bytes
-    if num_blocks == 0:
+    kv = PagedKv(shape, budget.most_kv_bytes // shape.block_bytes, base.device)
+    if _own_blocks(config, kv) == 0:
+        least_bytes = min(kv.extent_blocks, kv.num_blocks or 1) * shape.block_bytes
         raise FailedPrecondition(
             "kv_too_small",
-            f"One KV block takes {shape.block_bytes} bytes; kv_bytes is {config.kv_bytes}.",
+            f"The KV cache takes memory by {least_bytes} bytes; kv_bytes is {config.kv_bytes}.",
             field="kv_bytes",
             value=config.kv_bytes,
-            limit=shape.block_bytes,
+            limit=least_bytes,
         )
-    return PagedKv(shape, num_blocks, base.device)
+    return kv
+
+
+def _own_blocks(config: EngineConfig, kv: PagedKv) -> int:
+    """Return how many blocks fit in `kv_bytes`, which a sequence that runs alone always has."""
+    if kv.num_blocks * kv.block_bytes <= config.kv_bytes:
+        return kv.num_blocks
+    return config.kv_bytes // (kv.extent_blocks * kv.block_bytes) * kv.extent_blocks
 
 
 def _run_once(base: BaseModel, kv: PagedKv) -> None:
@@ -83,4 +112,4 @@ def _run_once(base: BaseModel, kv: PagedKv) -> None:
 def _max_model_len(config: EngineConfig, base: BaseModel, kv: PagedKv) -> int:
     """The base's limit, lowered by the settings and by what the KV cache can hold for one sequence."""
     wanted = config.max_model_len or base.max_position_embeddings
-    return min(wanted, base.max_position_embeddings, kv.num_blocks * config.block_size)
+    return min(wanted, base.max_position_embeddings, _own_blocks(config, kv) * config.block_size)

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.common.fingerprint import ComputeDtype, Quantization
+from services.inference.adapters.device_budget import DeviceBudget
 
 MIB = 1 << 20
 
@@ -27,19 +28,28 @@ class EngineConfig(BaseSettings):
         compute_dtype: what the model computes in; `auto` is float32 on a CPU and bfloat16 on a GPU.
         device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
         cpu_threads: threads of one forward pass on a CPU; 0 leaves the library's choice.
-        kv_bytes: device memory of the KV cache.
+        kv_bytes: device memory of the KV cache, which grows into what adapters leave idle.
         block_size: tokens per KV block.
         max_model_len: longest prompt and completion together; 0 means the base model's own limit.
         max_batch_tokens: most tokens of one step; longer prompts are run in chunks.
         max_num_seqs: most sequences of one step.
         max_queued_requests: most requests alive; more are refused.
-        adapter_device_bytes: device memory of adapters.
+        tenant_queue_share: most of them that one tenant may have while no other has any; 1 is no limit.
+        scheduling_policy: `fair` shares the engine among tenants and adapters; `fcfs` is first come, first
+            served.
+        ageing_seconds: how long a tenant's requests of higher priority may pass over one of lower priority.
+        enable_prefix_cache: keep the keys and values of prompts for requests that begin with the same tokens.
+        adapter_device_bytes: device memory of adapters, which grow into what the KV cache leaves idle.
+        device_own_share: fraction of each of the two that the other never takes; 1 is a fixed boundary, which
+            it always is on a GPU.
         adapter_stack_bytes: device memory of copies of adapters that decode together.
         adapter_host_bytes: host memory of adapters.
         adapter_disk_bytes: disk space of fetched adapters.
         adapter_cache_path: folder of fetched adapters.
+        adapter_pin_share: most of `adapter_device_bytes` that pinned adapters may take, as a fraction.
         adapter_failure_seconds: how long a failed load is remembered.
-        loader_threads: adapters loaded at once.
+        loader_threads: adapters read from the disk to memory at once.
+        download_threads: adapters downloaded at once.
     """
 
     model_config = SettingsConfigDict(env_prefix="LORAFLEET_INFERENCE_", frozen=True, extra="forbid")
@@ -56,12 +66,19 @@ class EngineConfig(BaseSettings):
     max_batch_tokens: Count = 2048
     max_num_seqs: Count = 64
     max_queued_requests: Count = 1024
+    tenant_queue_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    scheduling_policy: Literal["fair", "fcfs"] = "fair"
+    ageing_seconds: Seconds = 10.0
+    enable_prefix_cache: bool = True
     adapter_device_bytes: Bytes = 256 * MIB
+    device_own_share: Annotated[float, Field(ge=0, le=1)] = 0.25
     adapter_stack_bytes: Bytes = 128 * MIB
     adapter_host_bytes: Bytes = 1024 * MIB
     adapter_disk_bytes: Bytes = 8192 * MIB
+    adapter_pin_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     adapter_failure_seconds: Seconds = 10.0
-    loader_threads: Count = 4
+    loader_threads: Count = 2
+    download_threads: Count = 16
 
     @model_validator(mode="after")
     def _every_sequence_can_decode(self) -> EngineConfig:
@@ -77,6 +94,12 @@ class EngineConfig(BaseSettings):
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
+
+    @property
+    def device_budget(self) -> DeviceBudget:
+        """A budget of the device's memory; on a GPU, where the KV cache is one allocation, a fixed one."""
+        own_share = self.device_own_share if self.torch_device.type == "cpu" else 1.0
+        return DeviceBudget(self.kv_bytes, self.adapter_device_bytes, own_share=own_share)
 
     @property
     def base_quantization(self) -> Quantization:

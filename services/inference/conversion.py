@@ -75,7 +75,11 @@ class Converter:
             index=event.index,
             reason=_FINISH_REASONS[event.finish_reason],
             stop=self._stop(event.stop_cause),
-            usage=Usage(prompt_tokens=event.prompt_tokens, completion_tokens=event.completion_tokens),
+            usage=Usage(
+                prompt_tokens=event.prompt_tokens,
+                completion_tokens=event.completion_tokens,
+                cached_tokens=event.cached_tokens,
+            ),
         )
 
     def _stop(self, cause: str | int | None) -> str:

@@ -54,6 +54,7 @@ def make_engine(base: Path, cache: Path, fetcher: FolderFetcher, **settings: Any
         "device": "cpu",
         "cpu_threads": 1,
         "kv_bytes": 8 << 20,
+        "device_own_share": 1.0,
         "block_size": 4,
         "max_batch_tokens": 256,
         "max_num_seqs": 32,

@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from services.common.errors import AlreadyExists, DeadlineExceeded, Internal, LorafleetError
-from services.inference.adapters.cache import AdapterCache, Lease
+from services.inference.adapters.cache import AdapterCache
+from services.inference.adapters.lease import Lease
 from services.inference.adapters.slots import StackCache
 from services.inference.engine.batch import Batch, build_batch
 from services.inference.engine.blocks import BlockPool
 from services.inference.engine.events import FinishReason, TokenEvent, TokenLogprob
+from services.inference.engine.policy import QueuePolicy
 from services.inference.engine.request import Request, RequestLimits
 from services.inference.engine.runner import Runner
 from services.inference.engine.sampler import Sampled, Sampler, score
 from services.inference.engine.scheduler import Chunk, Scheduler
 from services.inference.engine.sequence import Phase, Sequence
 from services.inference.engine.text import TextStream
+from services.inference.engine.throughput import Throughput
 from services.inference.model.kv import PagedKv
 from services.inference.model.loader import BaseModel
 
@@ -33,7 +36,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counters since start, and gauges of now."""
+    """Counters since start, and gauges of now.
+
+    Attributes:
+        kv_blocks_free: blocks that no sequence holds; those among them that the prefix cache could still find
+            are `kv_blocks_cached`.
+        prefix_query_tokens: prompt tokens of sequences admitted, of which `prefix_hit_tokens` were found
+            computed.
+        seconds_per_request: between the ends of requests, of late; None before the first.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -41,11 +52,15 @@ class EngineStats:
     kv_block_bytes: int = 0
     kv_blocks_total: int = 0
     kv_blocks_free: int = 0
+    kv_blocks_cached: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     preemptions: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
     step_seconds: float = 0.0
+    seconds_per_request: float | None = None
 
 
 class Engine:
@@ -55,6 +70,8 @@ class Engine:
         self,
         base: BaseModel,
         kv: PagedKv,
+        blocks: BlockPool,
+        policy: QueuePolicy,
         adapters: AdapterCache,
         stacks: StackCache,
         limits: RequestLimits,
@@ -69,15 +86,16 @@ class Engine:
         self._kv = kv
         self._stacks = stacks
         self._clock = clock
-        self._blocks = BlockPool(kv.num_blocks, kv.shape.block_size)
+        self._blocks = blocks
         self._scheduler = Scheduler(
-            self._blocks, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs
+            blocks, policy, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs
         )
         self._eos_token_ids = base.eos_token_ids
         self._runner = Runner(base)
         self._sampler = Sampler(base.eos_token_ids)
         self._live: dict[str, list[Sequence]] = {}
         self._stats = EngineStats()
+        self._throughput = Throughput()
 
     @property
     def has_work(self) -> bool:
@@ -107,6 +125,8 @@ class Engine:
             raise AlreadyExists("request_exists", f"Request {request.id} is already running.", field="id")
         lease = None if request.adapter_digest is None else self.adapters.acquire(request.adapter_digest)
         sequences = [self._new_sequence(request, index) for index in range(request.sampling.n)]
+        if not self._live:
+            self._throughput.began(self._clock())
         self._live[request.id] = sequences
         self._scheduler.add(sequences, lease)
         self._stats.prompt_tokens += len(request.prompt_token_ids)
@@ -138,11 +158,14 @@ class Engine:
             self._note_waits(chunks)
             batch = build_batch(chunks, self._kv, self._stacks, self._base.device)
             logits = self._runner.run(batch)
-            self._mark_computed(batch)
+            self._scheduler.mark_computed(batch.chunks)
             self._collect_prompt_logprobs(batch, logits)
             events += self._choose_tokens(batch, logits)
             self._stats.steps += 1
-            self._stats.step_seconds += time.monotonic() - started
+            step_seconds = time.monotonic() - started
+            self._stats.step_seconds += step_seconds
+            self._throughput.stepped(sum(chunk.length for chunk in chunks), step_seconds)
+            self._blocks.seconds_per_token = self._throughput.seconds_per_token
         return events
 
     def stats(self) -> EngineStats:
@@ -157,12 +180,16 @@ class Engine:
             ),
             kv_block_bytes=self._kv.shape.block_bytes,
             kv_blocks_total=self._blocks.num_blocks,
-            kv_blocks_free=self._blocks.num_free,
+            kv_blocks_free=self._blocks.num_free + self._blocks.num_idle,
+            kv_blocks_cached=self._blocks.num_idle,
             steps=stats.steps,
             prompt_tokens=stats.prompt_tokens,
             completion_tokens=stats.completion_tokens,
             preemptions=self._scheduler.num_preemptions,
+            prefix_query_tokens=self._scheduler.num_prompt_tokens,
+            prefix_hit_tokens=self._scheduler.num_cached_tokens,
             step_seconds=stats.step_seconds,
+            seconds_per_request=self._throughput.seconds_per_request(self._clock()),
         )
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
@@ -199,10 +226,6 @@ class Engine:
             if chunk.sequence.queue_seconds is None:
                 chunk.sequence.queue_seconds = now - chunk.sequence.queued_at
 
-    def _mark_computed(self, batch: Batch) -> None:
-        for chunk in batch.chunks:
-            chunk.sequence.num_computed += chunk.length
-
     def _collect_prompt_logprobs(self, batch: Batch, logits: Tensor) -> None:
         for span in batch.logit_spans:
             sequence = span.sequence
@@ -234,6 +257,7 @@ class Engine:
             return self._failed(sequence, choice.error)
         first = sequence.num_output == 0
         sequence.append(choice.token_id)
+        self._scheduler.mark_produced(sequence)
         self._stats.completion_tokens += 1
         try:
             text, reason, cause = self._read(sequence, choice.token_id)
@@ -254,6 +278,7 @@ class Engine:
             stop_cause=cause,
             prompt_tokens=sequence.num_prompt,
             completion_tokens=sequence.num_output,
+            cached_tokens=sequence.num_cached or 0,
             queue_seconds=sequence.queue_seconds or 0.0,
         )
         if reason is not None:
@@ -311,6 +336,7 @@ class Engine:
         if not alive:
             del self._live[request_id]
             self._scheduler.release(request_id)
+            self._throughput.finished(self._clock())
 
 
 def _prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprob, ...] | None:

@@ -47,6 +47,7 @@ class TokenEvent:
         error: why, with ERROR.
         prompt_tokens: length of the prompt.
         completion_tokens: tokens of this sequence so far.
+        cached_tokens: tokens of the prompt that were found computed when the request came.
         queue_seconds: how long the sequence waited before it first ran.
     """
 
@@ -61,4 +62,5 @@ class TokenEvent:
     error: LorafleetError | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
     queue_seconds: float = 0.0

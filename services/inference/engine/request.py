@@ -73,6 +73,8 @@ class Request:
         prompt_token_ids: at least one token.
         adapter_digest: the version's digest, or None for the base itself.
         deadline_seconds: when to give up, on the engine's clock (`time.monotonic` unless told otherwise).
+        tenant: who asks; nothing that is computed for one tenant is used for another.
+        priority: among the tenant's own requests, higher runs first.
     """
 
     id: str
@@ -80,6 +82,8 @@ class Request:
     sampling: SamplingParams
     adapter_digest: str | None = None
     deadline_seconds: float | None = None
+    tenant: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,20 +1,20 @@
 """Who runs in the next step.
 
 Running sequences go first, one token each while they decode, in order of admission; then unfinished prefills,
-in chunks; then waiting sequences, first come first served. A sequence whose adapter is still loading is
-passed over; one that lacks blocks or device memory stops admission, so that large requests are not starved by
-small ones.
+in chunks; then waiting sequences, in the order of the policy. A sequence whose adapter is still loading is
+passed over, as is one whose prompt a sibling is just computing; one that lacks blocks or device memory stops
+admission, so that large requests are not starved by small ones.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
-from services.inference.adapters.cache import Lease
+from services.inference.adapters.lease import Lease
 from services.inference.engine.blocks import BlockPool
+from services.inference.engine.policy import QueuePolicy
 from services.inference.engine.sequence import Phase, Sequence
 
 
@@ -26,25 +26,40 @@ class Chunk:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The sequences of one request, and the lease they run under; None for the base."""
+
+    sequences: tuple[Sequence, ...]
+    lease: Lease | None
+
+
 class Scheduler:
     """Owns the waiting queue, the running list and the block tables' growth."""
 
-    def __init__(self, blocks: BlockPool, *, max_batch_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self, blocks: BlockPool, policy: QueuePolicy, *, max_batch_tokens: int, max_num_seqs: int
+    ) -> None:
         assert max_batch_tokens >= max_num_seqs, "every running sequence must be able to decode in each step"
         self._blocks = blocks
         self._max_batch_tokens = max_batch_tokens
         self._max_num_seqs = max_num_seqs
-        self._leases: dict[str, Lease] = {}
-        self.waiting: deque[Sequence] = deque()
+        self._groups: dict[str, _Group] = {}
+        self._num_arrived = 0
+        self.waiting = policy
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
 
     def add(self, sequences: Iterable[Sequence], lease: Lease | None) -> None:
         """Queue the sequences of one request. `lease` is None for the base."""
-        for sequence in sequences:
-            self.waiting.append(sequence)
-            if lease is not None:
-                self._leases[sequence.request.id] = lease
+        group = _Group(tuple(sequences), lease)
+        self._groups[group.sequences[0].request.id] = group
+        for sequence in group.sequences:
+            sequence.arrival = self._num_arrived
+            self._num_arrived += 1
+            self.waiting.add(sequence)
 
     def schedule(self) -> list[Chunk]:
         """Choose this step's chunks and give each its blocks."""
@@ -59,9 +74,19 @@ class Scheduler:
             if self._grow_or_preempt(sequence, sequence.num_computed + length):
                 chunks.append(Chunk(sequence, length))
                 budget -= length
-        chunks = [chunk for chunk in chunks if chunk.sequence.phase is Phase.RUNNING]
         chunks += self._admit(budget)
-        return chunks
+        return [chunk for chunk in chunks if chunk.sequence.phase is Phase.RUNNING]
+
+    def mark_computed(self, chunks: Iterable[Chunk]) -> None:
+        """Note that the keys and values of `chunks` are in their blocks."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.num_computed += chunk.length
+            self._blocks.register(sequence.blocks, sequence.chain, sequence.token_ids, sequence.num_computed)
+
+    def mark_produced(self, sequence: Sequence) -> None:
+        """Note one more token of output."""
+        self.waiting.charge(sequence, output_tokens=1)
 
     def finish(self, sequence: Sequence) -> None:
         """Take `sequence` out and give back all it holds. The only way out, for every cause."""
@@ -74,70 +99,115 @@ class Scheduler:
 
     def release(self, request_id: str) -> None:
         """Give back the lease of a request all of whose sequences have finished."""
-        lease = self._leases.pop(request_id, None)
+        lease = self._groups.pop(request_id).lease
         if lease is not None:
             lease.release()
 
     def lease_of(self, sequence: Sequence) -> Lease | None:
         """Return the lease that `sequence` runs under; None for the base."""
-        return self._leases.get(sequence.request.id)
+        return self._groups[sequence.request.id].lease
 
     def _admit(self, budget: int) -> list[Chunk]:
-        chunks = []
-        passed_over: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
-            sequence = self.waiting.popleft()
-            lease = self.lease_of(sequence)
-            if lease is not None and not lease.ready:
-                passed_over.append(sequence)
+        chunks: list[Chunk] = []
+        if budget == 0 or not self.waiting:
+            return chunks
+        for sequence in self.waiting.offers():
+            if not self._is_ready(sequence):
                 continue
-            if not self._take_all(sequence, lease):
-                self.waiting.appendleft(sequence)
+            if not self._take_all(sequence):
                 break
             length = min(sequence.num_pending, budget)
             chunks.append(Chunk(sequence, length))
             budget -= length
-        self.waiting.extendleft(reversed(passed_over))
+            if budget == 0:
+                break
         return chunks
 
-    def _take_all(self, sequence: Sequence, lease: Lease | None) -> bool:
-        """Take blocks for all tokens so far and a pin on the adapter, or nothing."""
-        num_tokens = len(sequence.token_ids)
-        if not self._blocks.can_grow(sequence.blocks, num_tokens):
+    def _is_ready(self, sequence: Sequence) -> bool:
+        """Whether its adapter is loaded, and no sibling is computing the prompt just now."""
+        group = self._groups[sequence.request.id]
+        if group.lease is not None and not group.lease.ready:
             return False
-        if lease is not None:
-            adapter = lease.pin()
-            if adapter is None:
+        if not self._blocks.is_caching or sequence.num_prompt <= self._blocks.block_size:
+            return True
+        return not any(
+            sibling.phase is Phase.RUNNING and sibling.num_pending > 1 for sibling in group.sequences
+        )
+
+    def _take_all(self, sequence: Sequence) -> bool:
+        """Admit `sequence` with a place, blocks and a pin on its adapter, or with nothing; others may have to
+        make way.
+        """
+        while len(self.running) >= self._max_num_seqs or not self._take_memory(sequence):
+            victim = self.waiting.to_admit(sequence, self.running)
+            if victim is None:
                 return False
-            sequence.adapter = adapter
-        self._blocks.grow(sequence.blocks, num_tokens)
+            self._preempt(victim)
+        self.waiting.remove(sequence)
         sequence.phase = Phase.RUNNING
         self.running.append(sequence)
+        self._count_first_admission(sequence)
         return True
+
+    def _take_memory(self, sequence: Sequence) -> bool:
+        """Take blocks for all tokens so far, known ones where there are, and a pin on the adapter."""
+        num_tokens = len(sequence.token_ids)
+        if not sequence.wants_prompt_logprobs:
+            sequence.num_computed = self._blocks.attach(sequence.blocks, sequence.chain, sequence.token_ids)
+        if self._blocks.can_grow(sequence.blocks, num_tokens) and self._pin(sequence):
+            if self._blocks.grow(sequence.blocks, num_tokens):
+                return True
+            self._unpin(sequence)
+        self._drop_blocks(sequence)
+        return False
+
+    def _count_first_admission(self, sequence: Sequence) -> None:
+        """Charge the prompt, and note how much of it was found; after a preemption this has been done."""
+        if sequence.num_cached is not None:
+            return
+        group = self._groups[sequence.request.id]
+        first = next((item.num_cached for item in group.sequences if item.num_cached is not None), None)
+        # What a sibling computed was not there when the request came.
+        sequence.num_cached = sequence.num_computed if first is None else first
+        self.num_prompt_tokens += sequence.num_prompt
+        self.num_cached_tokens += sequence.num_computed
+        self.waiting.charge(sequence, prompt_tokens=sequence.num_prompt - sequence.num_computed)
 
     def _grow_or_preempt(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make the block table hold `num_tokens`; False where `sequence` itself had to make way."""
-        while not self._blocks.can_grow(sequence.blocks, num_tokens):
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is sequence:
+        while not self._blocks.grow(sequence.blocks, num_tokens):
+            victim = self.waiting.to_grow(self.running)
+            self._preempt(victim)
+            if victim is sequence:
                 return False
-        self._blocks.grow(sequence.blocks, num_tokens)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Put `sequence` back at the head of the queue; its tokens are computed again when it is admitted
-        again.
+        """Put `sequence` back into the queue; what of its tokens is not found in the prefix cache then is
+        computed again.
         """
         self.running.remove(sequence)
         self._give_back(sequence)
-        sequence.num_computed = 0
         sequence.phase = Phase.WAITING
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
         self.num_preemptions += 1
 
     def _give_back(self, sequence: Sequence) -> None:
+        self._drop_blocks(sequence)
+        self._unpin(sequence)
+
+    def _drop_blocks(self, sequence: Sequence) -> None:
         self._blocks.free(sequence.blocks)
+        sequence.chain.reset()
+        sequence.num_computed = 0
+
+    def _pin(self, sequence: Sequence) -> bool:
+        lease = self.lease_of(sequence)
+        if lease is not None:
+            sequence.adapter = lease.pin()
+        return lease is None or sequence.adapter is not None
+
+    def _unpin(self, sequence: Sequence) -> None:
         lease = self.lease_of(sequence)
         if lease is not None:
             lease.unpin()

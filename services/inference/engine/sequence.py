@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from services.inference.adapters.weights import AdapterWeights
 from services.inference.engine.events import TokenLogprob
+from services.inference.engine.prefix import Chain
 from services.inference.engine.request import Request, SamplingParams
 from services.inference.engine.text import TextStream
 
@@ -30,6 +31,9 @@ class Sequence:
         blocks: the block table.
         adapter: the weights on the device, while RUNNING; None for the base.
         seed: fixes the draws together with `index` and the position.
+        chain: how far the block table is known to the prefix cache.
+        num_cached: prompt tokens found computed when the request was first admitted; None before that.
+        arrival: its place in the order of arrival.
         queued_at: when it arrived, on the engine's clock.
         queue_seconds: how long it then waited before it first ran; None while it waits.
     """
@@ -48,6 +52,12 @@ class Sequence:
     adapter: AdapterWeights | None = None
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_cached: int | None = None
+    arrival: int = 0
+    chain: Chain = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.chain = Chain.at_root((self.request.tenant, self.request.adapter_digest))
 
     @property
     def sampling(self) -> SamplingParams:
