@@ -96,6 +96,7 @@ _PLAIN = (
     "token_budget",
     "minutes_budget",
     "joint",
+    "strict",
 )
 
 
@@ -203,7 +204,13 @@ def progress_to_proto(progress: Progress) -> job_pb2.Progress:
 
 def report_to_proto(report: DatasetReport) -> job_pb2.DatasetReport:
     """Return a report on data."""
-    return job_pb2.DatasetReport(**{name: getattr(report, name) for name in report.__dataclass_fields__})
+    plain = {name: getattr(report, name) for name in report.__dataclass_fields__}
+    plain["supervised_histogram"] = [
+        job_pb2.HistogramBucket(up_to_tokens=bucket.up_to_tokens, rows=bucket.rows)
+        for bucket in report.supervised_histogram
+    ]
+    warnings = [f"{count} {text}" for count, text in report.warnings.values()]
+    return job_pb2.DatasetReport(**plain, warnings=warnings)
 
 
 def method_to_proto(method: MethodCapability) -> trainer_service_pb2.MethodCapability:
@@ -222,6 +229,9 @@ def _estimate_to_proto(estimate: Estimate) -> job_pb2.Estimate:
         steps=estimate.steps,
         minutes=estimate.minutes,
         memory_bytes=estimate.memory_bytes,
+        total_bytes=estimate.total_bytes,
+        limit_bytes=estimate.limit_bytes,
+        minutes_basis=estimate.minutes_basis,
     )
 
 

@@ -88,6 +88,14 @@ class EvaluationMetric:
 
 
 @dataclass(frozen=True, slots=True)
+class HistogramBucket:
+    """Rows of which at most so many tokens, and more than the bucket before, count in the loss."""
+
+    up_to_tokens: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class DatasetReport:
     """What the data looks like; see `trainer/v1/job.proto`."""
 
@@ -101,16 +109,45 @@ class DatasetReport:
     duplicate_rows: int
     overlap_rows: int
     digest: str
+    truncated_rows: int = 0
+    dropped_rows: int = 0
+    validation_digest: str = ""
+    supervised_histogram: tuple[HistogramBucket, ...] = ()
+    rows_without_stop: int = 0
+    prefix_mismatch_rows: int = 0
+    last_turn_only_rows: int = 0
+
+    @property
+    def warnings(self) -> dict[str, tuple[int, str]]:
+        """What the owner of the data should know: by the name of the figure, the figure and words for it."""
+        words = {
+            "duplicate_rows": "rows repeat an earlier row",
+            "overlap_rows": "validation rows are also trained on; figures will look too good",
+            "truncated_rows": "rows were too long and are cut",
+            "dropped_rows": "rows were too long and are left out",
+            "rows_without_stop": "rows do not end with a token that ends generation; the model may not stop",
+            "prefix_mismatch_rows": "rows do not begin with what serving sends for their last answer",
+            "last_turn_only_rows": "rows teach their last answer only: the template rewrites earlier ones",
+        }
+        counted = {name: (int(getattr(self, name)), text) for name, text in words.items()}
+        return {name: warning for name, warning in counted.items() if warning[0]}
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run is expected to take. `minutes` is 0 until the first steps were measured."""
+    """What a run is expected to take; see `trainer/v1/job.proto`."""
 
     tokens: int
     steps: int
     minutes: float
     memory_bytes: dict[str, int]
+    limit_bytes: int = 0
+    minutes_basis: str = "assumed"
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the parts."""
+        return sum(self.memory_bytes.values())
 
 
 @dataclass(frozen=True, slots=True)

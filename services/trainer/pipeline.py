@@ -170,6 +170,7 @@ class Pipeline:
             self._encoder,
             request.spec,
             seed=request.seed,
+            folder=self._folder / "tokens",
             check=self.check,
         )
         if data.report != self._job.dataset:

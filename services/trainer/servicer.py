@@ -132,8 +132,8 @@ class TrainerServicer(TrainerServiceServicer):
         self, request: trainer_service_pb2.ValidateDatasetRequest, context: Context
     ) -> job_pb2.DatasetReport:
         base, spec = await self._checker.dataset_request(request)
-        data = await self._check.run(base, request.training_file, request.validation_file, spec, seed=0)
-        return report_to_proto(data.report)
+        report = await self._check.run(base, request.training_file, request.validation_file, spec, seed=0)
+        return report_to_proto(report)
 
     async def ListMethods(  # noqa: N802
         self, request: trainer_service_pb2.ListMethodsRequest, context: Context

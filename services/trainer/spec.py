@@ -113,6 +113,7 @@ class TrainingSpec:
     token_budget: int = 0
     minutes_budget: float = 0.0
     joint: bool = True
+    strict: bool = False
 
     @property
     def rows_per_step(self) -> int:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from services.common.chat_template import Message
+import numpy as np
+from numpy.typing import NDArray
+
+from services.common.chat_template import Message, ToolCall
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.prompts import PromptEncoder
-from services.trainer.dataset import ConversationRow, FaultList, LineError, PromptRow, Row
-from services.trainer.spec import LossScope, OverlongPolicy
+from services.trainer.dataset import ConversationRow, InstructionRow, LineError, PromptRow, Row, TextRow
+from services.trainer.spec import LossScope
+
+_LOOK_AHEAD = "template_not_prefix_preserving"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,92 +40,140 @@ class TokenRow:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenSet:
-    """The rows of one file as tokens, after the overlong policy.
+class EncodedRow:
+    """A row as arrays, on its way to the disk.
 
     Attributes:
-        overlong_rows: rows that were longer than allowed.
-        truncated_rows: of those, the ones cut on the left.
-        max_row_tokens: longest row before the policy.
+        ids: int32 [tokens].
+        supervised: bool [tokens].
+        prompt_length: as `TokenRow`.
+        stops: whether the last token that counts is one that ends an answer.
+        is_prefix_kept: whether what serving sends for the last answer is a prefix of `ids`.
+        is_last_turn_only: whether earlier answers are not learned, because the template changes them later.
     """
 
-    rows: tuple[TokenRow, ...]
-    overlong_rows: int
-    truncated_rows: int
-    max_row_tokens: int
+    ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+    prompt_length: int
+    stops: bool = True
+    is_prefix_kept: bool = True
+    is_last_turn_only: bool = False
 
     @property
-    def tokens(self) -> int:
-        """Tokens of one pass over the rows."""
-        return sum(len(row.ids) for row in self.rows)
-
-    @property
-    def supervised_tokens(self) -> int:
-        """Tokens of one pass that count in the loss."""
-        return sum(row.num_supervised for row in self.rows)
+    def num_supervised(self) -> int:
+        """Tokens that count in the loss."""
+        return int(self.supervised.sum())
 
 
-def tokenize(
-    rows: Sequence[Row],
-    encoder: PromptEncoder,
-    *,
-    max_seq_len: int,
-    overlong_policy: OverlongPolicy,
-    loss_scope: LossScope,
-    field: str = "training_file",
-    check: Callable[[], None] = lambda: None,
-) -> TokenSet:
-    """Return `rows` as tokens.
+class RowEncoder:
+    """Encodes rows for one base and one choice of what is learned."""
 
-    Special tokens inside texts are encoded as text. A prompt row is prompt + completion + end-of-sequence,
-    with prompt and completion encoded apart, so that the prompt alone is a prefix of it.
+    def __init__(self, encoder: PromptEncoder, loss_scope: LossScope) -> None:
+        self._encoder = encoder
+        self._loss_scope = loss_scope
+        # What the tokenizer puts before every text stays when the text behind it is cut.
+        self._begin = np.array(encoder.encode_text(""), dtype=np.int32)
 
-    Args:
-        encoder: the base's tokenizer and chat template.
-        max_seq_len: longest row in tokens.
-        overlong_policy: what happens to longer ones. TRUNCATE drops rows whose answer alone does not fit.
-        loss_scope: which tokens count.
-        field: request field that named the file, for the error.
-        check: called between rows; raises to give up.
+    def encode(self, rows: Sequence[Row]) -> list[EncodedRow | LineError]:
+        """Return each row as tokens, or what is wrong with it.
 
-    Raises:
-        InvalidArgument: `invalid_dataset` with `example_too_long`, `no_chat_template` or `bad_messages`.
-    """
-    faults = FaultList(field)
-    if rows and not isinstance(rows[0], PromptRow) and not encoder.has_chat_template:
-        text = "the base has no chat template; use prompt and completion rows"
-        faults.add(LineError("no_chat_template", text))
-        faults.raise_if_any()
-    # What the tokenizer puts before every text stays when the text behind it is cut.
-    begin = tuple(encoder.encode_text(""))
-    kept: list[TokenRow] = []
-    overlong: list[TokenRow] = []
-    truncated = 0
-    longest = 0
-    for row in rows:
-        check()
+        Special tokens inside texts are encoded as text. A prompt row is prompt + completion +
+        end-of-sequence, with prompt and completion encoded apart, so that the prompt alone is a prefix of it.
+        """
+        results: list[EncodedRow | LineError | None] = [None] * len(rows)
+        pairs: dict[int, tuple[str, str]] = {}
+        texts: dict[int, str] = {}
+        for index, row in enumerate(rows):
+            if isinstance(row, TextRow):
+                texts[index] = row.text
+            elif isinstance(row, PromptRow):
+                pairs[index] = (row.prompt, row.completion)
+            elif isinstance(row, InstructionRow) and not self._encoder.has_chat_template:
+                pairs[index] = (row.prompt, row.answer)
+            else:
+                results[index] = self._finished_chat(row)
+        stop = [stop_token_id(self._encoder)] if pairs or texts else []
+        prompts = self._encoder.encode_texts([prompt for prompt, _ in pairs.values()])
+        completions = self._encoder.encode_completions([completion for _, completion in pairs.values()])
+        for index, prompt, completion in zip(pairs, prompts, completions, strict=True):
+            results[index] = self._finished(prompt + completion + stop, len(prompt))
+        for index, ids in zip(texts, self._encoder.encode_texts(list(texts.values())), strict=True):
+            results[index] = self._finished(ids + stop, len(self._begin))
+        return [result for result in results if result is not None]
+
+    def cut(self, row: EncodedRow, max_seq_len: int) -> EncodedRow | None:
+        """Return the row with at most `max_seq_len` tokens, or None where its last answer does not fit.
+
+        A prompt is cut on the left, behind what the tokenizer puts before every text. A text without a prompt
+        is cut on the right.
+        """
+        begin = self._begin if np.array_equal(row.ids[: len(self._begin)], self._begin) else self._begin[:0]
+        if row.prompt_length <= len(begin):
+            return replace(
+                row, ids=row.ids[:max_seq_len], supervised=row.supervised[:max_seq_len], stops=False
+            )
+        removed = len(row.ids) - max_seq_len
+        first = len(begin) + removed
+        if first >= row.prompt_length:
+            return None
+        supervised = np.concatenate((np.zeros(len(begin), dtype=np.bool_), row.supervised[first:]))
+        supervised[0] = False
+        ids = np.concatenate((begin, row.ids[first:]))
+        return replace(row, ids=ids, supervised=supervised, prompt_length=row.prompt_length - removed)
+
+    def _finished(self, ids: list[int], prompt_length: int) -> EncodedRow | LineError:
+        supervised = np.zeros(len(ids), dtype=np.bool_)
+        supervised[0 if self._loss_scope is LossScope.ALL else prompt_length :] = True
+        return self._checked(EncodedRow(np.array(ids, dtype=np.int32), supervised, prompt_length))
+
+    def _finished_chat(self, row: ConversationRow | InstructionRow) -> EncodedRow | LineError:
         try:
-            encoded = _encode(row, encoder, loss_scope)
-        except LineError as fault:
-            faults.add(fault, row.line)
-            continue
-        longest = max(longest, len(encoded.ids))
-        if len(encoded.ids) <= max_seq_len:
-            kept.append(encoded)
-            continue
-        overlong.append(encoded)
-        if overlong_policy is OverlongPolicy.TRUNCATE:
-            cut = _cut_left(encoded, max_seq_len, begin=begin)
-            if cut is not None:
-                truncated += 1
-                kept.append(cut)
-    faults.raise_if_any()
-    if overlong and overlong_policy is OverlongPolicy.REJECT:
-        _refuse_overlong(overlong, max_seq_len, faults)
-    if not kept:
-        faults.add(LineError("empty_dataset", f"no row fits in {max_seq_len} tokens; raise max_seq_len"))
-        faults.raise_if_any()
-    return TokenSet(tuple(kept), len(overlong), truncated, longest)
+            encoded = self._chat(row)
+        except (InvalidArgument, FailedPrecondition) as error:
+            if error.reason == "chat_template_failed":
+                raise
+            return LineError(error.reason, error.message, field=error.field or "")
+        if self._loss_scope is LossScope.ALL:
+            encoded.supervised[:] = True
+        return self._checked(encoded)
+
+    def _chat(self, row: ConversationRow | InstructionRow) -> EncodedRow:
+        messages = [_message(message) for message in row.messages]
+        tools = row.tools if isinstance(row, ConversationRow) else ()
+        learned = [
+            index
+            for index, message in enumerate(row.messages)
+            if message["role"] == "assistant" and message.get("weight", 1) == 1
+        ]
+        last = len(messages) - 1
+        is_last_only = False
+        try:
+            ids, mask = self._encoder.encode_chat_training(messages, learned_turns=learned, tools=tools)
+        except FailedPrecondition as error:
+            if error.reason != _LOOK_AHEAD or last not in learned:
+                raise
+            # Templates that drop an earlier turn's thoughts, say: its text is not what was answered then.
+            ids, mask = self._encoder.encode_chat_training(messages, learned_turns=[last], tools=tools)
+            is_last_only = learned != [last]
+        prompt = self._encoder.encode_chat(messages[:-1], add_generation_prompt=True, tools=tools)
+        supervised = np.array(mask, dtype=np.bool_)
+        counted = np.flatnonzero(supervised)
+        return EncodedRow(
+            np.array(ids, dtype=np.int32),
+            supervised,
+            min(len(prompt), len(ids) - 1),
+            stops=bool(len(counted)) and ids[counted[-1]] in self._encoder.eos_token_ids,
+            is_prefix_kept=ids[: len(prompt)] == prompt,
+            is_last_turn_only=is_last_only,
+        )
+
+    def _checked(self, row: EncodedRow) -> EncodedRow | LineError:
+        # Nothing stands before the first token to predict it from.
+        row.supervised[0] = False
+        if not row.supervised.any():
+            text = "no token of the row counts in the loss; give it an answer that is learned"
+            return LineError("no_supervised_tokens", text)
+        return row
 
 
 def stop_token_id(encoder: PromptEncoder) -> int:
@@ -134,64 +187,22 @@ def stop_token_id(encoder: PromptEncoder) -> int:
     return min(encoder.eos_token_ids)
 
 
-def _encode(row: Row, encoder: PromptEncoder, loss_scope: LossScope) -> TokenRow:
-    try:
-        if isinstance(row, PromptRow):
-            prompt = encoder.encode_text(row.prompt)
-            completion = [*encoder.encode_completion(row.completion), stop_token_id(encoder)]
-            ids, mask = prompt + completion, [False] * len(prompt) + [True] * len(completion)
-        else:
-            messages = [Message(message["role"], message["content"]) for message in row.messages]
-            ids, mask = encoder.encode_chat_training(messages)
-            mask = _weighted(mask, row)
-            prompt = encoder.encode_chat(messages[:-1], add_generation_prompt=True)
-    except InvalidArgument as error:
-        raise LineError(error.reason, error.message, field=error.field or "") from error
-    if loss_scope is LossScope.ALL:
-        mask = [True] * len(ids)
-    # Nothing stands before the first token to predict it from.
-    mask[0] = False
-    if not any(mask):
-        raise LineError("no_supervised_tokens", "no token of the row counts in the loss")
-    return TokenRow(tuple(ids), tuple(mask), len(prompt), row)
+def _message(message: dict[str, object]) -> Message:
+    calls = message.get("tool_calls", ())
+    assert isinstance(calls, list | tuple)
+    return Message(
+        role=str(message["role"]),
+        content=str(message["content"]),
+        name=str(message.get("name", "")),
+        tool_calls=tuple(ToolCall(call["name"], call["arguments"], call["id"]) for call in calls),
+        tool_call_id=str(message.get("tool_call_id", "")),
+    )
 
 
-def _weighted(mask: list[bool], row: ConversationRow) -> list[bool]:
-    """Return `mask` without the assistant turns of weight 0; each turn is one run of the mask."""
-    weights = [message.get("weight", 1) for message in row.messages if message["role"] == "assistant"]
-    if all(weights):
-        return mask
-    starts = [i for i, learned in enumerate(mask) if learned and (i == 0 or not mask[i - 1])]
-    if len(starts) != len(weights):
-        text = "the chat template writes nothing between two assistant turns, so weight cannot be honoured"
-        raise LineError("bad_messages", text, field="messages")
-    run = -1
-    result = []
-    for position, learned in enumerate(mask):
-        run += run + 1 < len(starts) and starts[run + 1] == position
-        result.append(learned and weights[run] == 1)
-    return result
-
-
-def _cut_left(row: TokenRow, max_seq_len: int, *, begin: tuple[int, ...]) -> TokenRow | None:
-    """Return the row without its first tokens, or None where the last answer does not fit whole.
-
-    The tokens `begin` stay where the row begins with them.
-    """
-    kept = begin if row.ids[: len(begin)] == begin else ()
-    removed = len(row.ids) - max_seq_len
-    if len(kept) + removed >= row.prompt_length:
-        return None
-    first = len(kept) + removed
-    ids = (*kept, *row.ids[first:])
-    mask = (*(False for _ in kept), *row.supervised[first:])
-    return TokenRow(ids, (False, *mask[1:]), row.prompt_length - removed, row.source)
-
-
-def _refuse_overlong(overlong: list[TokenRow], max_seq_len: int, faults: FaultList) -> None:
-    worst = max(overlong, key=lambda row: len(row.ids))
-    ordered = [worst, *(row for row in overlong if row is not worst)]
-    for row in ordered:
-        text = f"{len(row.ids)} tokens, at most {max_seq_len}; shorten it or set overlong_policy"
-        faults.add(LineError("example_too_long", text), row.source.line)
-    faults.raise_if_any()
+def text_size(row: Row) -> int:
+    """Return about how many characters of text a row holds, to bound what is encoded at once."""
+    if isinstance(row, TextRow):
+        return len(row.text)
+    if isinstance(row, PromptRow):
+        return len(row.prompt) + len(row.completion)
+    return sum(len(message["content"]) for message in row.messages)

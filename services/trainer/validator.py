@@ -16,8 +16,8 @@ from services.trainer.config import TrainerSettings
 from services.trainer.estimate import estimate
 from services.trainer.failure import JobFailure
 from services.trainer.index import Lane, StaleLeaseError
-from services.trainer.job import Draft, Facts, JobState, Level
-from services.trainer.preparation import PreparedData, prepare
+from services.trainer.job import DatasetReport, Draft, Facts, JobState, Level
+from services.trainer.preparation import check_data
 from services.trainer.registry_client import RegistryClient
 from services.trainer.spec import TrainingSpec
 
@@ -51,8 +51,8 @@ class DataCheck:
         *,
         seed: int,
         given_up: threading.Event | None = None,
-    ) -> PreparedData:
-        """Return the data of the two files (the second may be empty) for the tenant of the present call.
+    ) -> DatasetReport:
+        """Return the report on the two files (the second may be empty) for the tenant of the present call.
 
         Raises:
             InvalidArgument: `invalid_dataset`.
@@ -77,7 +77,7 @@ class DataCheck:
                 validation_path = paths[1] if len(paths) > 1 else None
                 try:
                     return await asyncio.to_thread(
-                        prepare, paths[0], validation_path, base.encoder, spec, seed=seed, check=check
+                        check_data, paths[0], validation_path, base.encoder, spec, seed=seed, check=check
                     )
                 finally:
                     # The thread of a call that was cancelled must end before its files go.
@@ -145,7 +145,7 @@ class Validator:
         try:
             base = self._bases.find(request.base_model)
             with call_scope(tenant=request.tenant, request_id=request.id):
-                data = await self._check.run(
+                report = await self._check.run(
                     base,
                     request.training_file,
                     request.validation_file,
@@ -163,9 +163,9 @@ class Validator:
             ours = Internal("internal", "the files could not be checked, for a reason that is not yours")
             await self._book.append(claim, [failed(JobFailure.of(ours))])
             return
-        facts = Facts(dataset=data.report, estimate=estimate(request.spec, data.report, base))
+        facts = Facts(dataset=report, estimate=estimate(request.spec, report, base))
         queued = Draft("Files validated, moving job to queued state", state=JobState.QUEUED, facts=facts)
-        await self._book.append(claim, [*_remarks(data), queued])
+        await self._book.append(claim, [*_remarks(report), queued])
 
     async def _watch(self, claim: Claim, given_up: threading.Event) -> None:
         """Keep the lease, and give the check up where that is lost, a cancel comes or the service stops."""
@@ -196,22 +196,11 @@ async def wait_for(event: asyncio.Event, seconds: float) -> None:
         return
 
 
-def _remarks(data: PreparedData) -> list[Draft]:
+def _remarks(report: DatasetReport) -> list[Draft]:
     """Return a warning for each thing about the data that its owner should know."""
-    report = data.report
-    remarks = {
-        "duplicate_rows": (report.duplicate_rows, "rows repeat an earlier row"),
-        "overlap_rows": (
-            report.overlap_rows,
-            "validation rows are also trained on; figures will look too good",
-        ),
-        "truncated_rows": (data.truncated_rows, "rows were too long and are cut on the left"),
-        "dropped_rows": (data.dropped_rows, "rows were too long and are left out"),
-    }
     drafts = [
         Draft(f"{count} {text}", level=Level.WARN, data={name: float(count)})
-        for name, (count, text) in remarks.items()
-        if count
+        for name, (count, text) in report.warnings.items()
     ]
     if not report.validation_rows:
         drafts.append(Draft("No rows are held out, so nothing will be evaluated", level=Level.WARN))

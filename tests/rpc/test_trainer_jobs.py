@@ -149,7 +149,8 @@ def _loss_by_peft(base: Path, adapter: Path, data: Path) -> float:
         quantization="nf4", compute_dtype="float32", device="cpu"
     ).base_quantization
     training_spec = TrainingSpec(max_seq_len=64, validation_fraction=0.25)
-    prepared = prepare(data, None, PromptEncoder.load(base), training_spec, seed=7)
+    tokens = data.with_name("tokens")
+    prepared = prepare(data, None, PromptEncoder.load(base), training_spec, seed=7, folder=tokens)
     model = load_base(BaseFolder(BASE, base, quantization), torch.device("cpu"))
     loaded = AdapterModel(load_peft_adapters(model, {"a": adapter}), pad_id=0)
     return measure(loaded, prepared.validation, 4, check=lambda: None).loss

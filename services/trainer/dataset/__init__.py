@@ -1,16 +1,19 @@
 """Training files: read line by line, every bad line named."""
 
 from services.trainer.dataset.faults import FaultList, LineError
-from services.trainer.dataset.reader import Dataset, read_dataset
-from services.trainer.dataset.rows import ConversationRow, PromptRow, Row, Schema
+from services.trainer.dataset.reader import DatasetReader, read_row
+from services.trainer.dataset.rows import ConversationRow, InstructionRow, PromptRow, Row, TextRow
+from services.trainer.dataset.schemas import Schema
 
 __all__ = [
     "ConversationRow",
-    "Dataset",
+    "DatasetReader",
     "FaultList",
+    "InstructionRow",
     "LineError",
     "PromptRow",
     "Row",
     "Schema",
-    "read_dataset",
+    "TextRow",
+    "read_row",
 ]

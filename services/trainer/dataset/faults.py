@@ -48,6 +48,10 @@ class FaultList:
         text = f"{place}: {fault.text}" if place else fault.text
         self._violations.append(FieldViolation(path, capped(text, _TEXT_LIMIT_CHARS), fault.reason))
 
+    def add_unlisted(self, count: int) -> None:
+        """Count `count` more faults of a kind that is listed already."""
+        self.count += count
+
     def raise_if_any(self) -> None:
         """Raise `InvalidArgument` (`invalid_dataset`) with the collected violations, or do nothing."""
         if not self.count:

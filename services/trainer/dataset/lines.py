@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,8 +23,25 @@ _STRUCTURE = re.compile(r'"(?:[^"\\]++|\\.?)*+"?|[{}\[\]]', re.DOTALL)
 _CONSTANT = re.compile(r'"(?:[^"\\]++|\\.?)*+"?|-?Infinity|NaN', re.DOTALL)
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line that is not blank.
+
+    Attributes:
+        number: from 1.
+        offset_bytes: where it begins in the file.
+        text: as it stands, without its end; empty where it could not be read.
+        value: the object in it, or what is wrong.
+    """
+
+    number: int
+    offset_bytes: int
+    text: str
+    value: dict[str, Any] | LineError
+
+
 class LineReader:
-    """Reads a file once: its lines, its digest and its size in bytes."""
+    """Reads a file once: its lines and its digest. Holds one line at a time."""
 
     def __init__(self, path: Path, *, line_limit_bytes: int = LINE_LIMIT_BYTES) -> None:
         self._path = path
@@ -35,44 +53,55 @@ class LineReader:
         """`sha256:<hex>` of the bytes; final once `lines` is used up."""
         return "sha256:" + self._hash.hexdigest()
 
-    def lines(self) -> Iterator[tuple[int, dict[str, Any] | LineError]]:
-        """Yield line number (from 1) and object, or fault, of every line that is not blank.
+    def lines(self) -> Iterator[Line]:
+        """Yield every line that is not blank.
 
         Past a line longer than the limit the file is still read to its end, in pieces.
         """
-        offset = 0
-        for number, raw, too_long in self._raw_lines():
+        for number, offset, raw, too_long in self._raw_lines():
             if too_long:
                 limit = f"{self._line_limit_bytes:,} bytes"
-                yield number, LineError("line_too_large", f"the line is longer than {limit}; shorten it")
-            else:
-                text = raw.removeprefix(_BOM) if number == 1 else raw
-                if text.strip():
-                    yield number, _parse(text, offset + len(raw) - len(text))
-            offset += len(raw)
+                fault = LineError("line_too_large", f"the line is longer than {limit}; shorten it")
+                yield Line(number, offset, "", fault)
+            elif line := parse_line(raw, number, offset):
+                yield line
 
-    def _raw_lines(self) -> Iterator[tuple[int, bytes, bool]]:
+    def _raw_lines(self) -> Iterator[tuple[int, int, bytes, bool]]:
         with self._path.open("rb") as file:
-            number = 0
+            number = offset = 0
             while piece := file.readline(self._line_limit_bytes + 2):
                 number += 1
+                start = offset
+                offset += len(piece)
                 self._hash.update(piece)
                 too_long = len(piece.rstrip(b"\r\n")) > self._line_limit_bytes
-                yield number, piece, too_long
+                yield number, start, piece, too_long
                 while not piece.endswith(b"\n"):
                     piece = file.readline(self._line_limit_bytes)
                     if not piece:
                         break
+                    offset += len(piece)
                     self._hash.update(piece)
 
 
-def _parse(raw: bytes, offset: int) -> dict[str, Any] | LineError:
-    if raw.startswith(_OTHER_BOMS):
-        return LineError("not_utf8", f"UTF-16 at byte {offset}; save the file as UTF-8")
+def parse_line(raw: bytes, number: int, offset_bytes: int) -> Line | None:
+    """Return the line in `raw`, or None where it is blank."""
+    body = raw.removeprefix(_BOM) if number == 1 else raw
+    if not body.strip():
+        return None
+    start = offset_bytes + len(raw) - len(body)
+    if body.startswith(_OTHER_BOMS):
+        fault = LineError("not_utf8", f"UTF-16 at byte {start}; save the file as UTF-8")
+        return Line(number, offset_bytes, "", fault)
     try:
-        text = raw.decode("utf-8").rstrip("\r\n")
+        text = body.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        return LineError("not_utf8", f"not UTF-8 at byte {offset + error.start}; save the file as UTF-8")
+        fault = LineError("not_utf8", f"not UTF-8 at byte {start + error.start}; save the file as UTF-8")
+        return Line(number, offset_bytes, "", fault)
+    return Line(number, offset_bytes, text, _parse(text))
+
+
+def _parse(text: str) -> dict[str, Any] | LineError:
     try:
         _check_depth(text)
         value = json.loads(
@@ -96,6 +125,8 @@ def _parse(raw: bytes, offset: int) -> dict[str, Any] | LineError:
 
 
 def _check_depth(text: str) -> None:
+    if text.count("{") + text.count("[") <= _MAX_DEPTH:
+        return
     depth = 0
     for match in _STRUCTURE.finditer(text):
         mark = match.group()[0]
