@@ -10,9 +10,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.warning import PeftWarning
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -41,6 +43,8 @@ CHAT_TEMPLATE = (
 
 QV_TARGETS = ("q_proj", "v_proj")
 ALL_LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_LOW_RANK_PARTS = ("lora_A", "lora_embedding_A", "lora_embedding_B", "lora_B.default.weight")
 
 # Two ids more than the tokenizer knows, as real models have that round their vocabulary up.
 VOCAB_SIZE = 264
@@ -115,36 +119,56 @@ def make_peft_adapter(
     out: Path,
     *,
     r: int = 8,
-    targets: Sequence[str] = QV_TARGETS,
+    targets: Sequence[str] | str = QV_TARGETS,
     lora_alpha: int | None = None,
     use_rslora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, int] | None = None,
     seed: int = 0,
+    **settings: Any,
 ) -> Path:
-    """Write a PEFT LoRA folder with random, non-zero A and B for the base at `base_path`; return `out`."""
+    """Write a PEFT LoRA folder with random, non-zero A and B for the base at `base_path`; return `out`.
+
+    `settings` go to PEFT's `LoraConfig` as they are; what they make trainable besides A and B (biases,
+    magnitudes, whole layers) is moved by a random tenth or so, as training would.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         base = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32, local_files_only=True)
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha if lora_alpha is not None else 2 * r,
-            target_modules=list(targets),
+            target_modules=targets if isinstance(targets, str) else list(targets),
             use_rslora=use_rslora,
             rank_pattern=dict(rank_pattern or {}),
             alpha_pattern=dict(alpha_pattern or {}),
             lora_dropout=0.0,
             init_lora_weights=False,
             task_type="CAUSAL_LM",
+            **settings,
         )
-        wrap_with_peft(base, config).save_pretrained(out, save_embedding_layers=False)
+        model = wrap_with_peft(base, config)
+        if settings:
+            _move_trained_values(model)
+        with warnings.catch_warnings():
+            # PEFT takes the one-dimensional bias of B for a damaged matrix.
+            warnings.filterwarnings("ignore", "Adapter .* invalid shape", PeftWarning)
+            model.save_pretrained(out, save_embedding_layers=False)
     return out
+
+
+@torch.no_grad()
+def _move_trained_values(model: PeftModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not any(part in name for part in _LOW_RANK_PARTS):
+            parameter.mul_(1 + 0.2 * torch.randn_like(parameter)).add_(0.1 * torch.randn_like(parameter))
 
 
 def wrap_with_peft(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Return `base` wrapped by PEFT, without the deprecation that PEFT itself causes in transformers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     return model
@@ -155,6 +179,7 @@ def load_peft_adapters(base: PreTrainedModel, adapters: Mapping[str, Path]) -> P
     names = list(adapters)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         model = PeftModel.from_pretrained(base, str(adapters[names[0]]), adapter_name=names[0])
     for name in names[1:]:
         model.load_adapter(str(adapters[name]), adapter_name=name)

@@ -61,7 +61,8 @@ def read_adapter(
         layout = sort_tensors(header.tensors, settings, limits)
         dtype = _check_dtypes(layout)
         modules = [
-            _module(name, layer, settings, base_modules) for name, layer in sorted(layout.layers.items())
+            _module(name, layer, name in layout.embeddings, settings, base_modules)
+            for name, layer in sorted(layout.layers.items())
         ]
         head = _output_head(layout.head)
         changes_something = _scan(file, modules, layout, limits)
@@ -139,7 +140,9 @@ def _tensors(layout: Layout) -> Iterator[TensorInfo]:
             yield layout.head.bias
 
 
-def _module(name: str, layer: Layer, settings: LoraConfig, base_modules: ModuleTable | None) -> LoraModule:
+def _module(
+    name: str, layer: Layer, is_embedding: bool, settings: LoraConfig, base_modules: ModuleTable | None
+) -> LoraModule:
     a, b = layer[Part.A], layer[Part.B]
     for tensor in (a, b):
         _check_matrix(tensor)
@@ -152,7 +155,13 @@ def _module(name: str, layer: Layer, settings: LoraConfig, base_modules: ModuleT
     for vector in vectors:
         _check_vector(vector, b.shape[0])
     module = LoraModule(
-        name, rank, a.shape[1], b.shape[0], settings.scale_of(name), len(vectors) * b.shape[0]
+        name,
+        rank,
+        in_features=a.shape[1],
+        out_features=b.shape[0],
+        scale=settings.scale_of(name),
+        num_vector_parameters=len(vectors) * b.shape[0],
+        is_embedding=is_embedding,
     )
     if base_modules is not None:
         _check_base(module, base_modules)

@@ -20,7 +20,8 @@ class LoraModule:
     """One adapted linear layer: y += scale * B @ (A @ x), with A [rank, in] and B [out, rank].
 
     `name` is the layer's name in the base (`model.layers.0.self_attn.q_proj`); `num_vector_parameters` counts
-    the values of its biases and magnitudes.
+    the values of its biases and magnitudes. An embedding is the same with one-hot rows x: `in_features` is
+    the vocabulary.
     """
 
     name: str
@@ -29,6 +30,7 @@ class LoraModule:
     out_features: int
     scale: float
     num_vector_parameters: int = 0
+    is_embedding: bool = False
 
     @property
     def num_parameters(self) -> int:

@@ -48,6 +48,10 @@ class Targeting:
             return is_target(self.targets, module)
         return is_target(self.targets, module) and self._layer_of(module) in self.layers
 
+    def includes_embedding(self, module: str) -> bool:
+        """Whether PEFT would adapt the embedding `module` of the base, which "all-linear" does not name."""
+        return self.targets is not None and self.includes(module)
+
     def _layer_of(self, module: str) -> int | None:
         parts = module.split(".")
         lists: tuple[str | None, ...] = self.layer_lists or (None,)

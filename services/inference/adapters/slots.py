@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from services.inference.adapters.device_budget import DeviceBudget
 from services.inference.adapters.ops import AdapterStack
 from services.inference.adapters.weights import AdapterWeights
 
@@ -21,18 +23,23 @@ class Slot:
 
 
 class DeviceSlots:
-    """Adapters on the device, within `budget_bytes` at true rank.
+    """Adapters on the device, at true rank, on the adapters' side of the device's `budget`.
 
     On a CPU the weights alias the host tier's memory: nothing is stored twice, and the budget still bounds
     how much of the host tier may be in use at once. On a GPU they are copies, made asynchronously on the
     current stream.
     """
 
-    def __init__(self, device: torch.device, budget_bytes: int) -> None:
+    def __init__(self, device: torch.device, budget: DeviceBudget) -> None:
         self.device = device
-        self.budget_bytes = budget_bytes
+        self.budget = budget
         self.used_bytes = 0
         self._slots: dict[str, Slot] = {}
+
+    @property
+    def budget_bytes(self) -> int:
+        """The adapters' nominal share, which they can always have."""
+        return self.budget.nominal_adapter_bytes
 
     @property
     def shares_host_memory(self) -> bool:
@@ -52,22 +59,21 @@ class DeviceSlots:
         """Return the digests that may be evicted."""
         return [digest for digest, slot in self._slots.items() if slot.pins == 0]
 
-    def fits(self, size_bytes: int) -> bool:
-        """Whether `size_bytes` more are within the budget now."""
-        return self.used_bytes + size_bytes <= self.budget_bytes
-
-    def put(self, digest: str, weights: AdapterWeights, size_bytes: int) -> None:
-        """Copy `weights` to the device; the caller has made room."""
+    def put(self, digest: str, weights: AdapterWeights, size_bytes: int) -> bool:
+        """Copy `weights` to the device; False, with nothing copied, where it has no room."""
         assert digest not in self._slots
-        assert self.fits(size_bytes)
+        if not self.budget.take_adapters(size_bytes):
+            return False
         self._slots[digest] = Slot(weights.to(self.device, non_blocking=True), size_bytes)
         self.used_bytes += size_bytes
+        return True
 
     def evict(self, digest: str) -> None:
         """Free an unpinned slot."""
         slot = self._slots.pop(digest)
         assert slot.pins == 0, "a pinned adapter was evicted"
         self.used_bytes -= slot.size_bytes
+        self.budget.give_back_adapters(slot.size_bytes)
 
 
 class StackCache:
@@ -94,12 +100,11 @@ class StackCache:
     def stack(self, digests: Sequence[str], weights: Sequence[AdapterWeights]) -> AdapterStack | None:
         """Return the stack of `weights`, all of one shape key; None where it would exceed the budget."""
         if len(weights) == 1:
-            pairs = weights[0].pairs.items()
-            return AdapterStack({name: (pair.a.unsqueeze(0), pair.b.unsqueeze(0)) for name, pair in pairs})
+            return _stacked(weights)
         key = tuple(digests)
         self._wanted.add(key)
         if key not in self._stacks:
-            size_bytes = sum(item.size_bytes for item in weights)
+            size_bytes = sum(tensor.nbytes for item in weights for tensor in _stacked_tensors(item))
             if self.used_bytes + size_bytes > self.budget_bytes:
                 return None
             self._stacks[key] = _stacked(weights)
@@ -108,12 +113,24 @@ class StackCache:
         return self._stacks[key]
 
 
+def _stacked_tensors(weights: AdapterWeights) -> list[Tensor]:
+    return [tensor for pair in weights.pairs.values() for tensor in pair.tensors]
+
+
 def _stacked(weights: Sequence[AdapterWeights]) -> AdapterStack:
-    pairs = {
-        name: (
-            torch.stack([item.pairs[name].a for item in weights]),
-            torch.stack([item.pairs[name].b for item in weights]),
-        )
-        for name in weights[0].pairs
-    }
-    return AdapterStack(pairs)
+    pairs, gains, shifts = {}, {}, {}
+    for name, first in weights[0].pairs.items():
+        of_all = [item.pairs[name] for item in weights]
+        pairs[name] = (_stack([pair.a for pair in of_all]), _stack([pair.b for pair in of_all]))
+        if first.gain is not None:
+            gains[name] = _stack([pair.gain for pair in of_all])
+        if first.shift is not None:
+            shifts[name] = _stack([pair.shift for pair in of_all])
+    return AdapterStack(pairs, gains, shifts)
+
+
+def _stack(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Stack tensors of one shape; a single one is not copied."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    assert len(present) == len(tensors), "adapters of unlike shapes were stacked"
+    return present[0].unsqueeze(0) if len(present) == 1 else torch.stack(present)

@@ -9,6 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from services.inference.adapters.ends import EmbeddingRows, HeadRows
 from services.inference.adapters.ops import AdapterGroup, AdapterStack
 from services.inference.adapters.slots import StackCache
 from services.inference.adapters.weights import AdapterWeights
@@ -53,6 +54,8 @@ class Batch:
     adapter_groups: tuple[AdapterGroup, ...]
     logit_rows: Tensor
     logit_spans: Items[LogitSpan]
+    embedding_rows: tuple[EmbeddingRows, ...] = ()
+    head_rows: tuple[HeadRows, ...] = ()
 
 
 def build_batch(chunks: Items[Chunk], kv: PagedKv, stacks: StackCache, device: torch.device) -> Batch:
@@ -85,6 +88,8 @@ def build_batch(chunks: Items[Chunk], kv: PagedKv, stacks: StackCache, device: t
         adapter_groups=_adapter_groups(runs, prefills, stacks),
         logit_rows=torch.tensor(logit_rows, dtype=torch.long, device=device),
         logit_spans=logit_spans,
+        embedding_rows=_embedding_rows(ordered),
+        head_rows=_head_rows(logit_spans),
     )
 
 
@@ -157,6 +162,25 @@ def _weights(chunk: Chunk) -> AdapterWeights:
     weights = chunk.sequence.adapter
     assert weights is not None, "a sequence runs without its adapter"
     return weights
+
+
+def _embedding_rows(ordered: list[Chunk]) -> tuple[EmbeddingRows, ...]:
+    found = []
+    row = 0
+    for chunk in ordered:
+        weights = chunk.sequence.adapter
+        if weights is not None and weights.embedding is not None:
+            found.append(EmbeddingRows(row, row + chunk.length, weights.embedding))
+        row += chunk.length
+    return tuple(found)
+
+
+def _head_rows(spans: list[LogitSpan]) -> tuple[HeadRows, ...]:
+    return tuple(
+        HeadRows(span.start, span.end, span.sequence.adapter.head)
+        for span in spans
+        if span.sequence.adapter is not None and span.sequence.adapter.head is not None
+    )
 
 
 def _decode_groups(decodes: list[Chunk], device: torch.device) -> list[DecodeGroup]:

@@ -9,6 +9,10 @@ from services.inference.engine.batch import Batch
 from services.inference.model.loader import BaseModel
 
 
+class DeviceLost(Exception):  # noqa: N818 - it is a state, and what happened
+    """The device does not answer any more; nothing that lies on it can be used."""
+
+
 class Runner:
     """Holds the base model; `run` is one forward pass over a flat batch."""
 
@@ -22,6 +26,8 @@ class Runner:
         """
         binding = self._base.binding
         binding.groups = batch.adapter_groups
+        binding.embedding_rows = batch.embedding_rows
+        binding.head_rows = batch.head_rows
         try:
             output = self._base.model(
                 input_ids=batch.input_ids,
@@ -31,6 +37,21 @@ class Runner:
                 step=batch.attention,
             )
         finally:
-            binding.groups = ()
+            binding.clear()
         logits: Tensor = output.logits[0]
         return logits.float()
+
+    def recover(self) -> None:
+        """After a failure: give cached device memory back, and see that the device still computes.
+
+        Raises:
+            DeviceLost: it does not.
+        """
+        device = self._base.device
+        if device.type != "cuda":
+            return
+        try:
+            torch.cuda.empty_cache()
+            torch.zeros(1, device=device).add_(1).item()
+        except RuntimeError as error:
+            raise DeviceLost(f"{device} does not answer: {error}") from error

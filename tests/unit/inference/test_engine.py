@@ -16,7 +16,6 @@ from services.inference.engine.request import Request, SamplingParams
 from tests.support.engines import FolderFetcher, digest_of, make_engine, request, run_all, text_of, tokens_of
 from tests.support.models import (
     ALL_LINEAR_TARGETS,
-    QV_TARGETS,
     byte_tokenizer,
     make_peft_adapter,
     make_tiny_llama,
@@ -36,10 +35,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
+    deeper = make_tiny_llama(root / "deeper", layers=3)
     return {
         "one": make_peft_adapter(base, root / "one", seed=1),
         "two": make_peft_adapter(base, root / "two", seed=2),
-        "head": make_peft_adapter(base, root / "head", targets=(*QV_TARGETS, "lm_head"), seed=3),
+        "deeper": make_peft_adapter(deeper, root / "foreign", targets=("down_proj",), seed=3),
     }
 
 
@@ -195,11 +195,12 @@ def test_a_failed_load_ends_only_its_own_requests(engine: Engine, fetcher: Folde
     assert_nothing_is_held(engine)
 
 
-def test_an_adapter_for_the_output_head_is_refused_by_name(engine: Engine) -> None:
-    engine.add(request("r", PROMPT, "head"))
+def test_an_adapter_for_a_layer_that_the_base_lacks_is_refused_by_name(engine: Engine) -> None:
+    engine.add(request("r", PROMPT, "deeper"))
     (event,) = run_all(engine)["r"]
     assert event.error is not None
-    assert (event.error.reason, event.error.value) == ("adapter_module_unsupported", "'lm_head'")
+    expected = ("base_mismatch", "'model.layers.2.mlp.down_proj'")
+    assert (event.error.reason, event.error.value) == expected
 
 
 def test_running_streams_do_not_wait_for_a_slow_load(engine: Engine, fetcher: FolderFetcher) -> None:

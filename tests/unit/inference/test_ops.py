@@ -13,30 +13,40 @@ from services.inference.adapters.weights import AdapterWeights, LoraPair
 IN, OUT, MODULE = 24, 40, "layer"
 
 
-def weights(rank: int, seed: int, module: str = MODULE) -> AdapterWeights:
+def weights(rank: int, seed: int, module: str = MODULE, kind: str = "lora") -> AdapterWeights:
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(rank, IN, generator=generator)
-    return AdapterWeights({module: LoraPair(a, torch.randn(OUT, rank, generator=generator))})
+    b = torch.randn(OUT, rank, generator=generator)
+    gain = torch.randn(OUT, generator=generator) if "scale" in kind else None
+    shift = torch.randn(OUT, generator=generator) if "bias" in kind else None
+    return AdapterWeights({module: LoraPair(a, b, gain, shift)})
 
 
 @settings(deadline=None, max_examples=60)
 @given(
     parts=st.lists(
-        st.tuples(st.sampled_from([1, 2, 8, 13]), st.integers(1, 5), st.integers(1, 4), st.booleans()),
+        st.tuples(
+            st.sampled_from([1, 2, 8, 13]),
+            st.integers(1, 5),
+            st.integers(1, 4),
+            st.booleans(),
+            st.sampled_from(["lora", "lora+bias", "lora+scale", "lora+scale+bias"]),
+        ),
         max_size=5,
     ),
     gap=st.integers(0, 3),
 )
-def test_groups_of_mixed_ranks_equal_the_plain_twin(
-    parts: list[tuple[int, int, int, bool]], gap: int
+def test_groups_of_mixed_ranks_and_kinds_equal_the_plain_twin(
+    parts: list[tuple[int, int, int, bool, str]], gap: int
 ) -> None:
-    """Each part is (rank, adapters, rows of each, whether the adapters touch this module)."""
+    """Each part is (rank, adapters, rows of each, whether the adapters touch this module, their kind)."""
     stacks = StackCache(1 << 30)
     stacks.begin_step()
     groups: list[AdapterGroup] = []
     owners: list[AdapterWeights | None] = [None] * gap
-    for number, (rank, count, rows, touches) in enumerate(parts):
-        members = [weights(rank, 10 * number + i, MODULE if touches else "other") for i in range(count)]
+    for number, (rank, count, rows, touches, kind) in enumerate(parts):
+        module = MODULE if touches else "other"
+        members = [weights(rank, 10 * number + i, module, kind) for i in range(count)]
         start = len(owners)
         owners += [member for member in members for _ in range(rows)]
         stack = stacks.stack([f"{number}.{i}" for i in range(count)], members)

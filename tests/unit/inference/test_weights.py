@@ -9,26 +9,36 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from services.common.errors import LorafleetError
+from services.inference.adapters.reader import adapter_size_bytes, read_adapter
 from services.inference.adapters.targets import LoraTargets
-from services.inference.adapters.weights import adapter_size_bytes, read_adapter
-from tests.support.models import make_peft_adapter, make_tiny_llama
+from services.inference.model.linear import install_lora
+from tests.support.architectures import write_tiny_model
+from tests.support.models import ALL_LINEAR_TARGETS, make_peft_adapter, make_tiny_llama
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
-TARGETS = LoraTargets(
-    {
-        f"model.layers.{layer}.self_attn.{name}": (64, out)
-        for layer in range(2)
-        for name, out in (("q_proj", 64), ("v_proj", 32))
-    },
-    {"lm_head": (64, 264)},
-)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def biased_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("biased")
+    return write_tiny_model(path, "llama", attention_bias=True, tie_word_embeddings=True)
+
+
+def targets_of(base: Path) -> LoraTargets:
+    return install_lora(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))[1]
+
+
+@pytest.fixture(scope="module")
+def targets(base: Path) -> LoraTargets:
+    return targets_of(base)
 
 
 @pytest.mark.parametrize(
@@ -41,12 +51,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_the_scale_is_folded_into_b(
-    base: Path, tmp_path: Path, settings: dict[str, Any], q_rank: int, q_scale: float, v_scale: float
+    base: Path,
+    targets: LoraTargets,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    q_rank: int,
+    q_scale: float,
+    v_scale: float,
 ) -> None:
     folder = make_peft_adapter(base, tmp_path / "a", **settings)
     stored = load_file(folder / "adapter_model.safetensors")
-    weights = read_adapter(folder, TARGETS, torch.float32)
-    assert weights.pairs.keys() == TARGETS.shapes.keys()
+    weights = read_adapter(folder, targets, torch.float32)
+    assert weights.pairs.keys() == {name for name in targets.shapes if name.endswith(("q_proj", "v_proj"))}
     assert weights.pairs[Q].rank == q_rank
     for module, scale in ((Q, q_scale), (V, v_scale)):
         torch.testing.assert_close(
@@ -57,9 +73,25 @@ def test_the_scale_is_folded_into_b(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_its_size_is_known_before_it_is_read(base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    folder = make_peft_adapter(base, tmp_path / "a", r=8, rank_pattern={"q_proj": 2})
-    assert read_adapter(folder, TARGETS, dtype).size_bytes == adapter_size_bytes(folder, dtype)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 8, "rank_pattern": {"q_proj": 2}},
+        {"lora_bias": True, "bias": "lora_only"},
+        {"use_dora": True, "targets": (*ALL_LINEAR_TARGETS, "lm_head")},
+        {"targets": ("q_proj", "embed_tokens", "lm_head")},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=["lora", "bias", "scale", "ends", "head"],
+)
+def test_its_size_is_known_before_it_is_read(
+    biased_base: Path, tmp_path: Path, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    targets = targets_of(biased_base)
+    folder = make_peft_adapter(biased_base, tmp_path / "a", **settings)
+    weights = read_adapter(folder, targets, dtype)
+    assert weights.size_bytes == adapter_size_bytes(folder, targets, dtype)
+    assert weights.size_bytes == sum(tensor.nbytes for tensor in weights.tensors)
 
 
 def broken(folder: Path, how: str) -> None:
@@ -109,47 +141,110 @@ def broken(folder: Path, how: str) -> None:
     ],
 )
 def test_a_folder_that_would_not_be_served_as_written_is_refused(
-    base: Path, tmp_path: Path, how: str
+    base: Path, targets: LoraTargets, tmp_path: Path, how: str
 ) -> None:
     folder = make_peft_adapter(base, tmp_path / "a")
-    read_adapter(folder, TARGETS, torch.float32)
+    read_adapter(folder, targets, torch.float32)
     broken(folder, how)
     with pytest.raises(LorafleetError):
-        read_adapter(folder, TARGETS, torch.float32)
+        read_adapter(folder, targets, torch.float32)
+
+
+def test_the_norm_of_dora_is_that_of_the_adapted_weight(biased_base: Path, tmp_path: Path) -> None:
+    targets = targets_of(biased_base)
+    folder = make_peft_adapter(biased_base, tmp_path / "a", r=4, lora_alpha=12, use_dora=True)
+    stored = load_file(folder / "adapter_model.safetensors")
+    pair = read_adapter(folder, targets, torch.float32).pairs[Q]
+    stem = f"base_model.model.{Q}"
+    a, b = stored[f"{stem}.lora_A.weight"], stored[f"{stem}.lora_B.weight"]
+    adapted = targets.values.weight(Q) + 3.0 * b @ a
+    gain = stored[f"{stem}.lora_magnitude_vector"] / adapted.pow(2).sum(1).sqrt()
+    bias = targets.values.bias(Q)
+    assert bias is not None
+    assert pair.gain is not None
+    assert pair.shift is not None
+    torch.testing.assert_close(pair.gain, gain)
+    torch.testing.assert_close(pair.b, gain[:, None] * 3.0 * b)
+    torch.testing.assert_close(pair.shift, (1 - gain) * bias)
+
+
+def changed(folder: Path, change: dict[str, Any], added: dict[str, torch.Tensor]) -> None:
+    """Change the config of the adapter in `folder` and add tensors to its file."""
+    path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    save_file(load_file(path) | added, path)
+    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | change))
+
+
+PREFIX = "base_model.model."
 
 
 @pytest.mark.parametrize(
-    ("kind", "config_change", "part", "length"),
+    ("change", "added", "reason", "value"),
     [
-        ("lora+bias", {"lora_bias": True}, "lora_B.bias", None),
-        ("lora+bias", {"bias": "all"}, "base_layer.bias", None),
-        ("lora+scale", {"use_dora": True}, "lora_magnitude_vector", None),
-        ("head", {"modules_to_save": ["lm_head"]}, "lm_head.weight", 264),
+        (
+            {"modules_to_save": ["score"]},
+            {f"{PREFIX}score.weight": torch.ones(3, 64)},
+            "unsupported_adapter_kind",
+            "head",
+        ),
+        (
+            {"modules_to_save": ["lm_head"]},
+            {f"{PREFIX}lm_head.weight": torch.ones(263, 64)},
+            "base_mismatch",
+            (64, 263),
+        ),
+        (
+            {"modules_to_save": ["lm_head"]},
+            {f"{PREFIX}lm_head.weight": torch.ones(264, 64), f"{PREFIX}lm_head.bias": torch.ones(264)},
+            "base_mismatch",
+            "lm_head",
+        ),
+        (
+            {"bias": "lora_only"},
+            {f"{PREFIX}{Q}.base_layer.bias": torch.ones(64)},
+            "base_mismatch",
+            f"{PREFIX}{Q}.base_layer.bias",
+        ),
+        (
+            {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+            {
+                f"{PREFIX}model.embed_tokens.lora_embedding_A": torch.ones(8, 265),
+                f"{PREFIX}model.embed_tokens.lora_embedding_B": torch.ones(64, 8),
+            },
+            "base_mismatch",
+            (265, 64),
+        ),
     ],
+    ids=["classifier", "vocabulary", "head bias", "no bias", "embedding"],
 )
-def test_a_kind_that_is_not_served_is_refused_by_name(
-    base: Path, tmp_path: Path, kind: str, config_change: dict[str, Any], part: str, length: int | None
+def test_what_does_not_fit_the_base_is_refused_by_name(
+    base: Path,
+    targets: LoraTargets,
+    tmp_path: Path,
+    change: dict[str, Any],
+    added: dict[str, torch.Tensor],
+    reason: str,
+    value: object,
 ) -> None:
     folder = make_peft_adapter(base, tmp_path / "a")
-    path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    tensors = load_file(path)
-    if length is None:
-        for name, tensor in list(tensors.items()):
-            if name.endswith("lora_B.weight"):
-                tensors[name.removesuffix("lora_B.weight") + part] = torch.ones(tensor.shape[0])
-    else:
-        tensors[f"base_model.model.{part}"] = torch.ones(length, 64)
-    save_file(tensors, path)
-    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | config_change))
+    changed(folder, change, added)
     with pytest.raises(LorafleetError) as caught:
-        read_adapter(folder, TARGETS, torch.float32)
-    assert caught.value.reason == "unsupported_adapter_kind"
-    assert caught.value.value == repr(kind)
+        read_adapter(folder, targets, torch.float32)
+    assert (caught.value.reason, caught.value.value) == (reason, repr(value))
 
 
-def test_a_layer_outside_the_decoder_is_refused_by_name(base: Path, tmp_path: Path) -> None:
-    folder = make_peft_adapter(base, tmp_path / "a", targets=("q_proj", "lm_head"))
+@pytest.mark.parametrize("module", ["mlp.experts", "mlp.experts.0.gate_proj"])
+def test_an_adapter_of_experts_is_refused_by_name(tmp_path: Path, module: str) -> None:
+    base = write_tiny_model(
+        tmp_path / "base", "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    )
+    folder = make_peft_adapter(base, tmp_path / "a")
+    name = f"model.layers.0.{module}"
+    added = {
+        f"{PREFIX}{name}.lora_A.weight": torch.ones(8, 64),
+        f"{PREFIX}{name}.lora_B.weight": torch.ones(32, 8),
+    }
+    changed(folder, {"target_modules": ["q_proj", "v_proj", name]}, added)
     with pytest.raises(LorafleetError) as caught:
-        read_adapter(folder, TARGETS, torch.float32)
-    assert caught.value.reason == "adapter_module_unsupported"
-    assert caught.value.value == "'lm_head'"
+        read_adapter(folder, targets_of(base), torch.float32)
+    assert (caught.value.reason, caught.value.value) == ("adapter_module_unsupported", repr(name))

@@ -424,7 +424,7 @@ def test_023_unsupported_feature(tmp_path: Path, changes: dict[str, object]) -> 
 @pytest.mark.parametrize(
     "name",
     [
-        "base_model.model.model.embed_tokens.lora_embedding_A",
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
         "base_model.model.lm_head.modules_to_save.weight",
     ],
 )

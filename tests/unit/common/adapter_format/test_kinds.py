@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from services.common.adapter_format import AdapterKind, AdapterSummary, OutputHead, read_adapter
+from services.common.adapter_format import AdapterKind, AdapterSummary, LoraModule, OutputHead, read_adapter
 from services.common.errors import InvalidArgument
 from tests.support.adapter_files import (
     B_NAME,
@@ -71,6 +72,48 @@ def test_kinds_and_their_parameters(
     assert [module.name for module in summary.modules] == [MODULE]
     assert summary.num_parameters == sum(len(data) // 4 for _, _, data in tensors.values())
     assert (summary.head is not None) == (kind is AdapterKind.HEAD)
+
+
+EMBEDDING = "model.embed_tokens"
+EMBEDDING_A, EMBEDDING_B = (f"{PREFIX}{EMBEDDING}.lora_embedding_{side}" for side in "AB")
+EMBEDDING_TENSORS = {EMBEDDING_A: f32(2, 30), EMBEDDING_B: f32(6, 2)}
+WITH_EMBEDDING = ["q_proj", "embed_tokens"]
+
+
+def read_embedding(folder: Path, tensors: Tensors, **config: object) -> AdapterSummary:
+    path = write_weights(folder, safetensors_bytes(tensors))
+    table = {MODULE: (IN_FEATURES, OUT_FEATURES), EMBEDDING: (30, 6)}
+    return read_adapter(config_bytes(**{"target_modules": WITH_EMBEDDING} | config), path, base_modules=table)
+
+
+def test_an_embedding_is_a_module_of_plain_lora(tmp_path: Path) -> None:
+    tensors = lora_tensors() | EMBEDDING_TENSORS
+    summary = read_embedding(tmp_path, tensors)
+    assert summary.kind is AdapterKind.LORA
+    assert summary.modules[0] == LoraModule(EMBEDDING, 2, 30, 6, 2.0, is_embedding=True)
+    assert not summary.modules[1].is_embedding
+    assert summary.num_parameters == sum(len(data) // 4 for _, _, data in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "reason", "value"),
+    [
+        ({EMBEDDING_A: None}, {}, "missing_tensor", EMBEDDING_A),
+        ({EMBEDDING_A: f32(3, 30)}, {}, "rank_mismatch", 3),
+        ({EMBEDDING_A: f32(2, 31)}, {}, "base_mismatch", (31, 6)),
+        ({}, {"target_modules": ["q_proj"]}, "unexpected_tensor", EMBEDDING_A),
+        ({}, {"target_modules": "all-linear"}, "unexpected_tensor", EMBEDDING_A),
+        ({MAGNITUDE: VECTOR}, {"use_dora": True}, "unsupported_feature", EMBEDDING_A),
+        ({f"{PREFIX}{EMBEDDING}.lora_A.weight": f32(2, 30)}, {}, "unsupported_feature", EMBEDDING_A),
+    ],
+)
+def test_embeddings_that_are_refused(
+    tmp_path: Path, change: dict[str, Any], config: dict[str, object], reason: str, value: object
+) -> None:
+    tensors = lora_tensors() | EMBEDDING_TENSORS | change
+    with pytest.raises(InvalidArgument) as caught:
+        read_embedding(tmp_path, {name: tensor for name, tensor in tensors.items() if tensor}, **config)
+    assert (caught.value.reason, caught.value.value) == (reason, repr(value))
 
 
 def test_head_is_described(tmp_path: Path) -> None:
