@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 _MAX_CACHED = 65536
 _RETRY_AFTER_SECONDS = 1.0
+_SERVED_KINDS = (
+    DeltaKind.DELTA_KIND_LORA,
+    DeltaKind.DELTA_KIND_LORA_BIAS,
+    DeltaKind.DELTA_KIND_LORA_SCALE,
+    DeltaKind.DELTA_KIND_HEAD,
+)
 _UNREACHABLE = frozenset({Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED})
 
 
@@ -126,14 +132,13 @@ class AdapterResolver:
                 value=version.base_fingerprint_digest,
                 limit=self._base_fingerprint_digest,
             )
-        if version.format.kind != DeltaKind.DELTA_KIND_LORA:
-            kind = DeltaKind.Name(version.format.kind)
+        if version.format.kind not in _SERVED_KINDS:
             raise FailedPrecondition(
                 "unsupported_adapter_kind",
-                f"{ref} is a {kind}; only LoRA is served.",
+                f"{ref} is of kind {version.format.kind}, which is not served.",
                 field=field,
-                value=kind,
-                limit=DeltaKind.Name(DeltaKind.DELTA_KIND_LORA),
+                value=version.format.kind,
+                limit=[DeltaKind.Name(kind) for kind in _SERVED_KINDS],
             )
         if set(files) != {CONFIG_FILE, WEIGHTS_FILE} or version.digest != version_digest(
             config_digest=files[CONFIG_FILE].digest,

@@ -262,7 +262,7 @@ async def test_last_answer_stands_while_the_registry_is_away_but_not_for_ever() 
         (version(digest="sha256:" + "d" * 64), Code.DATA_LOSS, "corrupt_version"),
         (version(files=version().files[:1]), Code.DATA_LOSS, "corrupt_version"),
         (
-            version(format=adapter_pb2.AdapterFormat(kind=adapter_pb2.DELTA_KIND_HEAD)),
+            version(format=adapter_pb2.AdapterFormat(kind=adapter_pb2.DELTA_KIND_UNSPECIFIED)),
             Code.FAILED_PRECONDITION,
             "unsupported_adapter_kind",
         ),
