@@ -16,6 +16,7 @@ _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 600.0
 _DONE = "[DONE]"
 _SERVER_PROBLEM = 500
+_TRY_LATER = frozenset({httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS})
 ENDED_STATES = frozenset({"succeeded", "failed", "cancelled"})
 
 
@@ -24,7 +25,8 @@ class ApiError(Exception):
 
     Attributes:
         code: the stable reason, `unreachable` when there was no answer.
-        is_passing: the same call may succeed later: nothing answered, or a server had a problem of its own.
+        is_passing: the same call may succeed later: nothing answered, a server had a problem of its own, or
+            a limit was reached for now.
     """
 
     def __init__(self, message: str, *, code: str, is_passing: bool = False) -> None:
@@ -83,9 +85,10 @@ class Api:
             )
         return str(answer["id"])
 
-    def create_job(self, body: Mapping[str, Any]) -> Json:
-        """Create a fine-tuning job."""
-        return self._call("POST", "/fine_tuning/jobs", json=body)
+    def create_job(self, body: Mapping[str, Any], *, idempotency_key: str | None = None) -> Json:
+        """Create a fine-tuning job; the same key with the same body gives the first one again."""
+        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        return self._call("POST", "/fine_tuning/jobs", json=body, headers=headers)
 
     def job(self, job_id: str) -> Json:
         """Return one fine-tuning job."""
@@ -163,7 +166,7 @@ def event_data(line: str) -> Json | None:
 
 def api_error(status_code: int, content: bytes) -> ApiError:
     """Return the error that an answer stands for."""
-    is_passing = status_code >= _SERVER_PROBLEM
+    is_passing = status_code >= _SERVER_PROBLEM or status_code in _TRY_LATER
     try:
         return _from_body(parsed(content), is_passing=is_passing)
     except (ValueError, KeyError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from lorafleet.cli.bakeoff import bakeoff
 from lorafleet.cli.demo import demo
 from lorafleet.cli.jobs import jobs
 from lorafleet.cli.listing import list_adapters
@@ -26,6 +27,7 @@ app.command()(jobs)
 app.command("list")(list_adapters)
 app.command()(run)
 app.command()(demo)
+app.command()(bakeoff)
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from lorafleet.cli.output import JsonOption, StateOption, print_json, problems, 
 from lorafleet.cli.up import print_coordinates
 from lorafleet.demo.demo import Plan, run_demo
 from lorafleet.demo.report import print_report
-from lorafleet.demo.tasks import Task, TaskError, generated_tasks, load_tasks
 from lorafleet.fleet import launch
 from lorafleet.fleet.config import Wishes
+from lorafleet.tasks import Task, TaskError, generated_tasks, load_tasks
 
 
 def demo(

@@ -14,8 +14,11 @@ import typer
 from rich.console import Console
 
 from lorafleet.api import ApiError
-from lorafleet.demo.tasks import TaskError
+from lorafleet.experiment.ledger import LedgerError
+from lorafleet.experiment.manifest import ManifestError
+from lorafleet.experiment.plot import PlotError
 from lorafleet.fleet.errors import FleetError
+from lorafleet.tasks import TaskError
 
 StateOption = Annotated[
     Path | None,
@@ -27,6 +30,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 _FILE_WIDTH = 120
 results = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
 progress = Console(stderr=True, soft_wrap=True, highlight=False)
+
+# What a user can act on, and the word for it where the problem has none of its own.
+_CODES: dict[type[Exception], str] = {
+    ApiError: "api",
+    FleetError: "fleet",
+    LedgerError: "ledger",
+    ManifestError: "manifest",
+    PlotError: "plot",
+    TaskError: "task",
+}
 
 
 def program() -> str:
@@ -44,14 +57,8 @@ def problems(*, as_json: bool) -> Iterator[None]:
     """Turn a problem that the user can act on into a message and exit code 1."""
     try:
         yield
-    except (ApiError, FleetError, TaskError) as error:
-        code = (
-            error.code
-            if isinstance(error, ApiError)
-            else "fleet"
-            if isinstance(error, FleetError)
-            else "task"
-        )
+    except tuple(_CODES) as error:
+        code = error.code if isinstance(error, ApiError) else _CODES[type(error)]
         if as_json:
             print_json({"error": {"code": code, "message": str(error)}})
         else:

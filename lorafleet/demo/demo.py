@@ -13,9 +13,9 @@ from rich.console import Console
 
 from lorafleet.api import Api, Json
 from lorafleet.demo.report import Agreement, Load, Report, TaskResult, load_of
-from lorafleet.demo.tasks import Row, Task, TaskError, write_training_file
 from lorafleet.demo.traffic import Answer, Ask, Round, Traffic
 from lorafleet.following import follow
+from lorafleet.tasks import Row, Task, TaskError, write_rows
 from services.common import scoring
 
 # What suits a base of a few million parameters; bigger ones want a tenth of this learning rate.
@@ -118,7 +118,7 @@ def _train(api: Api, base: str, tasks: Sequence[Task], plan: Plan, console: Cons
 
 def _job_request(api: Api, base: str, task: Task, plan: Plan) -> Json:
     file = plan.work_folder / f"{task.name}.jsonl"
-    write_training_file(task, file)
+    write_rows(task.train, file)
     options = {
         "rank": RANK,
         "learning_rate": LEARNING_RATE,

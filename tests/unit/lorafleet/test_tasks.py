@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from services.common import scoring
 from lorafleet.demo.report import load_of
-from services.common.scoring import Target
-from lorafleet.demo.tasks import TaskError, generated_tasks, load_tasks, write_training_file
 from lorafleet.demo.traffic import Answer, Ask, Round
+from lorafleet.tasks import TaskError, generated_tasks, load_tasks, write_rows
+from services.common import scoring
+from services.common.scoring import Target
 
 
 def write_task(folder: Path, card: dict[str, Any], rows: int = 30, **row: Any) -> None:
@@ -62,13 +62,13 @@ def test_answers_end_at_a_line_break_unless_they_hold_some(tmp_path: Path) -> No
     assert flat.max_answer_tokens == len("yes") + 8
 
 
-def test_training_files_hold_prompts_and_completions_alone(tmp_path: Path) -> None:
-    write_task(tmp_path / "one", {"metric": "rouge_l"}, references=["a"])
+def test_data_files_hold_what_answers_are_compared_with(tmp_path: Path) -> None:
+    write_task(tmp_path / "one", {"metric": "rouge_l", "baselines": None}, references=["a"], level=3)
     (task,) = load_tasks(tmp_path, ["one"], max_train_rows=3, test_rows=3)
-    write_training_file(task, tmp_path / "file.jsonl")
+    write_rows(task.train, tmp_path / "file.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "file.jsonl").read_text().splitlines()]
     assert len(rows) == 3
-    assert all(set(row) == {"prompt", "completion"} for row in rows)
+    assert all(set(row) == {"prompt", "completion", "references"} for row in rows)
 
 
 @pytest.mark.parametrize(

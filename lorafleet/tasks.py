@@ -1,4 +1,4 @@
-"""The demo's tasks: rows to train on, rows to test on, and how answers are scored."""
+"""Tasks: rows to train on, rows to test on, and how answers are scored."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lorafleet
-from services.common import scoring
-from services.common.scoring import Metric, Target
+from services.common.scoring import METRICS, Metric, Target
 
 GENERATED_TASKS = ("support_routing", "order_json", "home_commands")
 _GENERATE_SECONDS = 120
@@ -23,19 +22,11 @@ _TASK_NAME = re.compile(r"[a-z0-9](?:[a-z0-9_]{0,60}[a-z0-9])?")
 _MAX_ANSWER_TOKENS = 192
 _SPARE_TOKENS = 8
 
-_METRICS = {
-    "exact_match": scoring.EXACT_MATCH,
-    "accuracy": scoring.ACCURACY,
-    "rouge_l": scoring.ROUGE_L,
-    "token_f1": scoring.TOKEN_F1,
-    "entity_f1": scoring.ENTITY_F1,
-    "pearson": scoring.PEARSON,
-}
 # Where a type of task reads its metric in its own way.
 _METRICS_BY_TYPE = {
-    ("exact_match", "text_to_sql"): scoring.QUERY_MATCH,
-    ("exact_match", "maths"): scoring.NUMBER_MATCH,
-    ("accuracy", "multiple_choice"): scoring.LETTER_ACCURACY,
+    ("exact_match", "text_to_sql"): "sql_match",
+    ("exact_match", "maths"): "numeric",
+    ("accuracy", "multiple_choice"): "choice_letter",
 }
 
 
@@ -53,18 +44,26 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task, already cut to the rows that the demo uses.
+    """One task, already cut to the rows that are used.
 
     Attributes:
+        metric_name: its metric, by the name that a job asks for it.
         rows_left_out: training rows that the cut left out.
+        baselines: scores of trivial answers on the test rows, by name; empty where none are known.
     """
 
     name: str
     title: str
-    metric: Metric
+    metric_name: str
     train: tuple[Row, ...]
     test: tuple[Row, ...]
     rows_left_out: int
+    baselines: Mapping[str, float]
+
+    @property
+    def metric(self) -> Metric:
+        """How answers are scored."""
+        return METRICS[self.metric_name]
 
     @property
     def adapter(self) -> str:
@@ -124,21 +123,23 @@ def _load(folder: Path, max_train_rows: int, test_rows: int) -> Task:
         card = json.loads((folder / "TASK.json").read_text("utf-8"))
         train, test = _rows(folder / "train.jsonl"), _rows(folder / "test.jsonl")
         title, metric_name, task_type = str(card["title"]), str(card["metric"]), str(card["task_type"])
+        baselines = {str(name): float(value) for name, value in (card.get("baselines") or {}).items()}
     except (OSError, ValueError, KeyError) as error:
         raise TaskError(f"task {folder.name} cannot be read: {error!r}") from error
-    metric = _METRICS_BY_TYPE.get((metric_name, task_type)) or _METRICS.get(metric_name)
-    if metric is None:
-        raise TaskError(f"task {folder.name} is scored by {metric_name}, which the demo cannot compute")
+    metric_name = _METRICS_BY_TYPE.get((metric_name, task_type), metric_name)
+    if metric_name not in METRICS:
+        raise TaskError(f"task {folder.name} is scored by {metric_name}, which cannot be computed here")
     if not train or not test:
         raise TaskError(f"task {folder.name} has no rows")
     kept = _drawn(train, max_train_rows, folder.name)
     return Task(
         name=folder.name,
         title=title,
-        metric=metric,
+        metric_name=metric_name,
         train=tuple(kept),
         test=tuple(_drawn(test, test_rows, folder.name)),
         rows_left_out=len(train) - len(kept),
+        baselines=baselines,
     )
 
 
@@ -162,8 +163,13 @@ def _drawn(rows: list[Row], limit: int, name: str) -> list[Row]:
     return random.Random(name).sample(rows, limit)  # noqa: S311 - a draw of rows, no secret
 
 
-def write_training_file(task: Task, path: Path) -> None:
-    """Write the task's training rows as `prompt`/`completion` JSON lines."""
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as a data file: `prompt`, `completion`, and what else answers are compared with."""
     with path.open("w", encoding="utf-8") as file:
-        for row in task.train:
-            file.write(json.dumps({"prompt": row.prompt, "completion": row.target.completion}) + "\n")
+        for row in rows:
+            value: dict[str, Any] = {"prompt": row.prompt, "completion": row.target.completion}
+            if row.target.references:
+                value["references"] = row.target.references
+            if row.target.answer is not None:
+                value["answer"] = row.target.answer
+            file.write(json.dumps(value) + "\n")

@@ -1,0 +1,1 @@
+"""Experiments: many fine-tunes from one manifest, to one table."""
