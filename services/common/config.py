@@ -86,6 +86,7 @@ def _checked_store_url(url: str) -> str:
 
 
 ListenAddress = Annotated[str, AfterValidator(_checked_address)]
+RedisUrl = Annotated[SecretStr, AfterValidator(_checked_redis_url)]
 
 
 class _Environment(EnvSettingsSource):
@@ -217,7 +218,7 @@ class PeerSettings(Settings):
 class IndexSettings(Settings):
     """For services that use the Redis or Valkey index."""
 
-    redis_url: Annotated[SecretStr, AfterValidator(_checked_redis_url)]
+    redis_url: RedisUrl
 
 
 class StoreSettings(Settings):

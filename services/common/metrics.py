@@ -56,6 +56,32 @@ METRICS: dict[str, Metric] = {
         "1 for the server of this process: how its callers connect, and whether it was told to open anyway.",
         ("security", "insecure_bind"),
     ),
+    "lorafleet.inference.adapter.requests": Metric(
+        Kind.COUNTER,
+        "{request}",
+        "Requests by adapter version, a bounded number of them by name, and whether it was on the host.",
+        ("adapter", "result"),
+    ),
+    "lorafleet.inference.adapter.loads": Metric(
+        Kind.COUNTER, "{load}", "Loads of adapters that ended, those that failed by reason.", ("error.type",)
+    ),
+    "lorafleet.inference.adapter.load_stage.duration": Metric(
+        Kind.HISTOGRAM,
+        "s",
+        "Time of a load by stage: download, verify, parse, copy.",
+        ("stage",),
+        _SECONDS,
+    ),
+    "lorafleet.inference.adapter.wait.duration": Metric(
+        Kind.HISTOGRAM,
+        "s",
+        "Time from the first request for an adapter that was not on the host until it was.",
+        (),
+        _SECONDS,
+    ),
+    "lorafleet.inference.adapter.evictions": Metric(
+        Kind.COUNTER, "{adapter}", "Adapters that made room for others, by tier: host, device.", ("tier",)
+    ),
 }
 
 

@@ -62,6 +62,8 @@ class ServiceHost:
         self._drain = DrainLayer()
         self._drain_hooks: list[Hook] = []
         self._close_hooks: list[Hook] = []
+        self.bound: Address | None = None
+        """Where it listens, from `start` on."""
         self.server = grpc.aio.server(
             interceptors=[
                 CallInterceptor(
@@ -113,7 +115,8 @@ class ServiceHost:
             port = self.server.add_secure_port(str(wanted), credentials)
         await self.server.start()
         _info.add(1, {"security": security(self._settings), "insecure_bind": self._settings.insecure_bind})
-        return Address(wanted.host, port)
+        self.bound = Address(wanted.host, port)
+        return self.bound
 
     async def stop(self, grace_seconds: float | None = None) -> None:
         """Drain and close: not ready, no admission, calls in flight end, then whatever they used.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -17,13 +18,17 @@ from services.common.errors import Code, DataLoss
 from services.common.rpc.tenant import TENANT_KEY
 from services.common.tls import PeerTls
 from services.common.transport import channel_options
+from services.inference.adapters.disk import Fetched
 from services.inference.resolver import adapter_unavailable
 from services.inference.sources import AdapterSource, AdapterSources, SourceFile
 
 _ATTEMPTS_WITHOUT_PROGRESS = 4
 _FIRST_PAUSE_SECONDS = 0.1
-_RETRIED = frozenset({Code.UNAVAILABLE, Code.ABORTED, Code.UNKNOWN})
-_UNREACHABLE = _RETRIED | {Code.DEADLINE_EXCEEDED, Code.CANCELLED}
+_UNREACHABLE = frozenset(
+    {Code.UNAVAILABLE, Code.ABORTED, Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.CANCELLED}
+)
+# A stream that a dead or crawling store holds up is begun again this often, from where it was.
+_STREAM_SECONDS = 30.0
 
 
 class RegistryFetcher:
@@ -46,8 +51,8 @@ class RegistryFetcher:
         """End the downloads under way."""
         self._channel.close()
 
-    def fetch(self, digest: str, into: Path) -> None:
-        """Write the version's files to the empty folder `into`.
+    def fetch(self, digest: str, into: Path) -> Fetched:
+        """Write the version's files to the empty folder `into`, and return their digests and their source.
 
         Raises:
             Unavailable: `adapter_unavailable` where the registry cannot be reached, or not fast enough.
@@ -56,15 +61,20 @@ class RegistryFetcher:
         """
         source = self._sources.require(digest)
         deadline = time.monotonic() + self._timeout_seconds
+        digests, verify_seconds = {}, 0.0
         for name, file in source.files.items():
-            self._fetch_file(source, name, file, into / name, deadline)
+            digests[name], seconds = self._fetch_file(source, name, file, into / name, deadline)
+            verify_seconds += seconds
+        return Fetched(digests, verify_seconds, source.to_json())
 
     def _fetch_file(
         self, source: AdapterSource, name: str, file: SourceFile, path: Path, deadline: float
-    ) -> None:
+    ) -> tuple[str, float]:
+        """Return the file's SHA-256 and how long hashing took."""
         digest = hashlib.sha256()
         received = 0
         failures = 0
+        verify_seconds = 0.0
         with path.open("xb") as out:
             while received < file.size_bytes:
                 before = received
@@ -74,7 +84,9 @@ class RegistryFetcher:
                             received += len(data)
                             if received > file.size_bytes:
                                 raise _mismatch(source, name)
+                            started = time.perf_counter()
                             digest.update(data)
+                            verify_seconds += time.perf_counter() - started
                             out.write(data)
                     if received < file.size_bytes:
                         raise _mismatch(source, name)
@@ -83,6 +95,7 @@ class RegistryFetcher:
                     self._pause_or_give_up(error, failures, deadline)
         if "sha256:" + digest.hexdigest() != file.digest:
             raise _mismatch(source, name)
+        return digest.hexdigest(), verify_seconds
 
     def _chunks(
         self, source: AdapterSource, name: str, offset: int, deadline: float
@@ -90,7 +103,7 @@ class RegistryFetcher:
         """Yield the bytes of one file from `offset` on."""
         responses = self._adapters.DownloadVersion(
             DownloadVersionRequest(ref=source.ref, file=name, offset=offset),
-            timeout=max(0.0, deadline - time.monotonic()),
+            timeout=min(max(0.0, deadline - time.monotonic()), _STREAM_SECONDS),
             metadata=((TENANT_KEY, source.tenant),),
         )
         try:
@@ -107,9 +120,10 @@ class RegistryFetcher:
         refusal = status.from_rpc_error(error)
         if refusal.code not in _UNREACHABLE:
             raise refusal from error
-        pause_seconds = _FIRST_PAUSE_SECONDS * 2 ** (failures - 1)
+        # Drawn, so that the loads which one outage stopped do not come back all at once.
+        pause_seconds = _FIRST_PAUSE_SECONDS * 2 ** (failures - 1) * random.uniform(0.5, 1.5)  # noqa: S311
         hopeless = failures >= _ATTEMPTS_WITHOUT_PROGRESS or time.monotonic() + pause_seconds >= deadline
-        if refusal.code not in _RETRIED or hopeless:
+        if refusal.code is Code.CANCELLED or hopeless:
             raise adapter_unavailable(refusal) from error
         time.sleep(pause_seconds)
 

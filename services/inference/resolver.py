@@ -116,6 +116,22 @@ class AdapterResolver:
             self._answers.popitem(last=False)
         return self._noted(source)
 
+    async def resolve_here(self, text: str, *, field: str) -> AdapterSource:
+        """As `resolve`; where the registry has deleted the version or cannot be reached, what is known here
+        of the tenant's version by that number or digest.
+
+        Raises:
+            LorafleetError: as `resolve`.
+        """
+        try:
+            return await self.resolve(text, field=field)
+        except (NotFound, Unavailable):
+            ref = AdapterRef.parse(text, field=field)
+            for source in self._sources.of_tenant(current_tenant()).values():
+                if _is_immutable(ref) and str(ref) in (source.ref, source.version_ref):
+                    return source
+            raise
+
     def _noted(self, source: AdapterSource) -> AdapterSource:
         self._sources.note(source)
         return source

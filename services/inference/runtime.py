@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -16,19 +18,30 @@ from lorafleet.registry.v1.base_model_pb2 import BaseModel
 from services.common.base_models import base_model
 from services.common.errors import Unavailable
 from services.common.fingerprint import fingerprint_base
+from services.common.ids import new_id
+from services.common.index_connection import open_index
 from services.common.prompts import PromptEncoder
+from services.inference.adapters.entry import AdapterState
 from services.inference.admission import Admission
 from services.inference.assembly import build_engine
+from services.inference.background import Background
 from services.inference.conversion import Converter
 from services.inference.driver import Driver
 from services.inference.engine.engine import Engine
+from services.inference.event_prefetch import EventPrefetch
 from services.inference.fetcher import RegistryFetcher
+from services.inference.pins import PinRecord
+from services.inference.presence import Load, Presence
+from services.inference.registry_leases import RegistryLeases
 from services.inference.residency import Residency
 from services.inference.resolver import AdapterResolver, ResolverLimits
 from services.inference.settings import InferenceSettings
-from services.inference.sources import AdapterSources
+from services.inference.sources import AdapterSource, AdapterSources
 
-# bitsandbytes' block size, with which the loader quantises.
+_logger = logging.getLogger("lorafleet.inference")
+
+PINS_FILE = "pins.json"
+_IN_MEMORY = frozenset({AdapterState.HOST, AdapterState.DEVICE})
 _RETRY_AFTER_SECONDS = 1.0
 
 
@@ -40,6 +53,7 @@ class LoadedBase:
     encoder: PromptEncoder
     fetcher: RegistryFetcher
     sources: AdapterSources
+    pins: PinRecord
     record: BaseModel
 
 
@@ -61,7 +75,11 @@ def load(settings: InferenceSettings) -> LoadedBase:
         timeout_seconds=settings.fetch_timeout_seconds,
         tls=settings.peer_tls,
     )
-    return LoadedBase(build_engine(settings, fetcher), encoder, fetcher, sources, record)
+    engine = build_engine(settings, fetcher)
+    _note_origins(engine, sources)
+    return LoadedBase(
+        engine, encoder, fetcher, sources, PinRecord(_pins_path(settings), fingerprint.digest), record
+    )
 
 
 class Runtime:
@@ -73,11 +91,16 @@ class Runtime:
         self.base_name = settings.base_name
         self.base_fingerprint_digest = digest
         self.encoder = base.encoder
-        self.driver = Driver(base.engine, max_queued_requests=settings.max_queued_requests)
+        self.driver = Driver(
+            base.engine,
+            max_queued_requests=settings.max_queued_requests,
+            tenant_queue_share=settings.tenant_queue_share,
+        )
         self.converter = Converter(base.encoder.token_bytes, base.encoder.eos_token_ids)
-        self.residency = Residency(base.engine.adapters, base.sources)
+        self.residency = Residency(base.engine.adapters, base.sources, base.pins)
+        adapters = AdapterServiceStub(registry)
         self._resolver = AdapterResolver(
-            AdapterServiceStub(registry),
+            adapters,
             base.sources,
             digest,
             ResolverLimits(
@@ -88,18 +111,57 @@ class Runtime:
         )
         self.admission = Admission(base.encoder, self._resolver, base.engine.limits)
         self.resolve = self._resolver.resolve
+        self.resolve_here = self._resolver.resolve_here
+        self.replica_id = new_id("replica")
         self._settings = settings
         self._engine = base.engine
         self._fetcher = base.fetcher
         self._start_time = Timestamp()
+        self._leases = RegistryLeases(adapters, self._engine.adapters, base.sources, self.replica_id)
+        self._prefetch = EventPrefetch(
+            adapters,
+            self._resolver,
+            self.residency,
+            self._engine.adapters,
+            base.sources,
+            aliases=settings.prefetch_aliases,
+            new_versions=settings.prefetch_new_versions,
+        )
+        self._presence: Presence | None = None
+        self._background = Background()
 
     def start(self) -> None:
         """Start the engine's thread."""
         self._start_time.FromNanoseconds(time.time_ns())
         self.driver.start()
 
+    def attend(self, address: str) -> None:
+        """Begin what goes on beside the calls, once they are let in.
+
+        Args:
+            address: where routers reach this replica.
+        """
+        self._background.start(self._leases.run(), name="registry leases")
+        self._background.start(self.residency.restore(), name="pins")
+        for tenant in self._settings.prefetch_tenants:
+            self._background.start(self._prefetch.watch(tenant), name=f"prefetch for {tenant}")
+        if self._settings.redis_url is not None:
+            self._presence = Presence(
+                open_index(self._settings.redis_url),
+                self.replica_id,
+                lambda: self._load(address),
+                self._tiers,
+            )
+            self._background.start(self._presence.run(), name="presence")
+
+    async def drain(self) -> None:
+        """Tell routers that no new requests are taken."""
+        if self._presence is not None:
+            await self._presence.drain()
+
     async def stop(self) -> None:
-        """End the downloads and the engine's thread."""
+        """End what goes on beside the calls, the downloads and the engine's thread."""
+        await self._background.stop()
         self._fetcher.close()
         await asyncio.to_thread(self.driver.stop)
 
@@ -137,6 +199,41 @@ class Runtime:
             free_kv_blocks=stats.kv_blocks_free,
             total_kv_blocks=stats.kv_blocks_total,
         )
+
+    def _load(self, address: str) -> Load:
+        """Return what routers choose by."""
+        status = self.status()
+        return {
+            "address": address,
+            "base_model": status.base_model,
+            "base_fingerprint_digest": status.base_fingerprint_digest,
+            "running": status.running,
+            "queued": status.queued,
+            "waiting_for_adapter": status.waiting_for_adapter,
+            "max_running": self._settings.max_num_seqs,
+            "max_requests": self._settings.max_queued_requests,
+            "kv_free_bytes": status.kv.budget_bytes - status.kv.used_bytes,
+            "device_free_bytes": status.adapters_device.budget_bytes - status.adapters_device.used_bytes,
+            "host_free_bytes": status.adapters_host.budget_bytes - status.adapters_host.used_bytes,
+        }
+
+    def _tiers(self) -> dict[str, str]:
+        """Return the adapters in memory, by digest."""
+        tiers = self._engine.adapters.tiers()
+        return {digest: tier.value for digest, tier in tiers.items() if tier in _IN_MEMORY}
+
+
+def _pins_path(settings: InferenceSettings) -> Path:
+    return settings.adapter_cache_path / PINS_FILE
+
+
+def _note_origins(engine: Engine, sources: AdapterSources) -> None:
+    """Note where the folders on the disk came from, so that their tenants see them again."""
+    for origin in engine.adapters.origins():
+        try:
+            sources.note(AdapterSource.from_json(origin))
+        except ValueError as error:
+            _logger.warning("a folder's origin cannot be read", extra={"detail": str(error)})
 
 
 class Startup:

@@ -64,6 +64,8 @@ class InferenceService:
             try:
                 await register_base(BaseModelServiceStub(registry), base.record)
                 self._startup.done(runtime)
+                runtime.attend(self._settings.advertised_address or str(host.bound or self._settings.address))
+                host.on_drain(runtime.drain)
                 await host.ready()
                 _logger.info("serving", extra={"base": runtime.base_name, "device": runtime.status().device})
                 await _until_unhealthy(runtime)

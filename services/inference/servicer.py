@@ -23,12 +23,14 @@ from lorafleet.inference.v1.inference_service_pb2 import (
     GetStatusRequest,
     ListResidentRequest,
     ListResidentResponse,
+    PinRequest,
     PrefetchRequest,
     ResidentAdapter,
     ScoreRequest,
     ScoreResponse,
     TokenizeRequest,
     TokenizeResponse,
+    UnpinRequest,
     WatchStatusRequest,
 )
 from lorafleet.inference.v1.inference_service_pb2_grpc import InferenceServiceServicer
@@ -49,7 +51,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer(InferenceServiceServicer):
-    """`lorafleet.inference.v1.InferenceService`; its calls for later (Embed, Pin) answer UNIMPLEMENTED."""
+    """`lorafleet.inference.v1.InferenceService`; its calls for later (Embed) answer UNIMPLEMENTED."""
 
     def __init__(self, startup: Startup) -> None:
         self._startup = startup
@@ -119,12 +121,23 @@ class InferenceServicer(InferenceServiceServicer):
 
     async def Evict(self, request: EvictRequest, context: Context) -> EvictResponse:
         runtime = self._startup.require()
-        source = await runtime.resolve(request.adapter, field="adapter")
+        source = await runtime.resolve_here(request.adapter, field="adapter")
         await runtime.residency.evict(source)
         return EvictResponse()
 
+    async def Pin(self, request: PinRequest, context: Context) -> ResidentAdapter:
+        runtime = self._startup.require()
+        source = await runtime.resolve(request.adapter, field="adapter")
+        return await runtime.residency.pin(source)
+
+    async def Unpin(self, request: UnpinRequest, context: Context) -> ResidentAdapter:
+        runtime = self._startup.require()
+        source = await runtime.resolve_here(request.adapter, field="adapter")
+        return await runtime.residency.unpin(source)
+
     async def ListResident(self, request: ListResidentRequest, context: Context) -> ListResidentResponse:
-        return ListResidentResponse(adapters=self._startup.require().residency.list())
+        residency = self._startup.require().residency
+        return ListResidentResponse(adapters=residency.list(call_context.current_tenant()))
 
     async def GetStatus(self, request: GetStatusRequest, context: Context) -> EngineStatus:
         return self._startup.require().status()

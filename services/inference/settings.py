@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 from pydantic_settings import SettingsConfigDict
 
 from services.common import names
-from services.common.config import ListenAddress, PeerSettings, ServiceSettings
+from services.common.config import ListenAddress, PeerSettings, RedisUrl, ServiceSettings
 from services.common.errors import InvalidArgument
 from services.inference.config import EngineConfig
 
 
-def _checked_base_name(text: str) -> str:
-    try:
-        return names.base_name(text)
-    except InvalidArgument as error:
-        raise ValueError(error.message) from error
+def _checked(check: Callable[[str], str]) -> Callable[[str], str]:
+    """Return `check` with the error that settings expect."""
+
+    def checked(text: str) -> str:
+        try:
+            return check(text)
+        except InvalidArgument as error:
+            raise ValueError(error.message) from error
+
+    return checked
+
+
+TenantName = Annotated[str, AfterValidator(_checked(names.tenant_name))]
+AliasName = Annotated[str, AfterValidator(_checked(names.alias_name))]
 
 
 class InferenceSettings(PeerSettings, ServiceSettings, EngineConfig):
@@ -27,7 +37,7 @@ class InferenceSettings(PeerSettings, ServiceSettings, EngineConfig):
 
     listen: ListenAddress = "127.0.0.1:7103"
 
-    base_name: Annotated[str, AfterValidator(_checked_base_name)]
+    base_name: Annotated[str, AfterValidator(_checked(names.base_name))]
     """Name under which the base is registered and reported."""
 
     registry_target: ListenAddress = "127.0.0.1:7101"
@@ -44,3 +54,18 @@ class InferenceSettings(PeerSettings, ServiceSettings, EngineConfig):
 
     fetch_timeout_seconds: float = Field(default=300.0, gt=0, le=3600)
     """How long the download of one adapter may take."""
+
+    redis_url: RedisUrl | None = None
+    """Redis or Valkey in which routers find this replica; nothing is published without it."""
+
+    advertised_address: ListenAddress | None = None
+    """`HOST:PORT` under which routers reach this replica; `listen` where it is not set."""
+
+    prefetch_tenants: Annotated[tuple[TenantName, ...], Field(max_length=64)] = ()
+    """JSON list of the tenants whose adapters are prefetched on the registry's events; none by default."""
+
+    prefetch_aliases: tuple[AliasName, ...] = ()
+    """JSON list of aliases: when one of them moves to a version, that is prefetched."""
+
+    prefetch_new_versions: bool = False
+    """Prefetch each new version of an adapter of which another version is in memory."""

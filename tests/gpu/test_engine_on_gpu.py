@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.inference.adapters.cache import AdapterState
+from services.inference.adapters.entry import AdapterState
 from tests.support.engines import (
     FolderFetcher,
     Reference,

@@ -1,6 +1,10 @@
-"""How much an adapter has been asked for lately."""
+"""How much each adapter has been asked for lately."""
 
 from __future__ import annotations
+
+from collections import OrderedDict
+
+_MAX_REMEMBERED = 65536
 
 
 class Demand:
@@ -20,3 +24,23 @@ class Demand:
         """Return the decayed count."""
         age_seconds = now_seconds - self._at_seconds
         return float(self._count * 0.5 ** (age_seconds / self._half_life_seconds))
+
+
+class DemandHistory:
+    """The demand of adapters by digest, of evicted ones too: one that comes back is not taken for new.
+
+    Bounded; the adapter that was asked for longest ago is forgotten first.
+    """
+
+    def __init__(self, half_life_seconds: float, limit: int = _MAX_REMEMBERED) -> None:
+        self._half_life_seconds = half_life_seconds
+        self._limit = limit
+        self._demands: OrderedDict[str, Demand] = OrderedDict()
+
+    def of(self, digest: str) -> Demand:
+        """Return the demand of `digest`, which counts as asked for now."""
+        demand = self._demands.setdefault(digest, Demand(self._half_life_seconds))
+        self._demands.move_to_end(digest)
+        while len(self._demands) > self._limit:
+            self._demands.popitem(last=False)
+        return demand

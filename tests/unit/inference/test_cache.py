@@ -11,31 +11,36 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from services.common.errors import LorafleetError, NotFound, Unavailable
-from services.inference.adapters.cache import AdapterCache, AdapterState, CacheBudget, Lease
+from services.inference.adapters.cache import AdapterCache, CacheBudget
+from services.inference.adapters.device_budget import DeviceBudget
 from services.inference.adapters.disk import DiskTier
+from services.inference.adapters.entry import AdapterState
+from services.inference.adapters.lease import Lease
 from services.inference.adapters.slots import DeviceSlots
 from services.inference.adapters.targets import LoraTargets
-from services.inference.adapters.weights import adapter_size_bytes
+from services.inference.model.linear import install_lora
 from tests.support.engines import FolderFetcher, digest_of
 from tests.support.models import make_peft_adapter, make_tiny_llama
 
 NAMES = ("a4", "b4", "e4", "c8", "d16")
-TARGETS = LoraTargets(
-    {
-        f"model.layers.{layer}.self_attn.{name}": (64, out)
-        for layer in range(2)
-        for name, out in (("q_proj", 64), ("v_proj", 32))
-    },
-    {"lm_head": (64, 264)},
-)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def targets(base: Path) -> LoraTargets:
+    return install_lora(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))[1]
+
+
+@pytest.fixture(scope="module")
+def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
-    base = make_tiny_llama(root / "base")
     return {name: make_peft_adapter(base, root / name, r=int(name[1:]), seed=ord(name[0])) for name in NAMES}
 
 
@@ -61,7 +66,9 @@ MakeCache = Callable[..., AdapterCache]
 
 
 @pytest.fixture
-def make_cache(fetcher: FolderFetcher, clock: Clock, tmp_path: Path) -> Iterator[MakeCache]:
+def make_cache(
+    fetcher: FolderFetcher, clock: Clock, targets: LoraTargets, tmp_path: Path
+) -> Iterator[MakeCache]:
     made: list[AdapterCache] = []
 
     def make(
@@ -71,8 +78,8 @@ def make_cache(fetcher: FolderFetcher, clock: Clock, tmp_path: Path) -> Iterator
             AdapterCache(
                 fetcher,
                 DiskTier(tmp_path / "disk", disk_bytes),
-                DeviceSlots(torch.device("cpu"), device_bytes),
-                TARGETS,
+                DeviceSlots(torch.device("cpu"), DeviceBudget(0, device_bytes)),
+                targets,
                 torch.float32,
                 CacheBudget(host_bytes, loader_threads=2, failure_seconds=10.0),
                 clock=clock,
@@ -103,7 +110,8 @@ def on_device(cache: AdapterCache) -> set[str]:
 
 
 def size_of(folders: dict[str, Path], name: str) -> int:
-    return adapter_size_bytes(folders[name], torch.float32)
+    """Bytes of float32 at the true rank: q_proj is 64 by 64, v_proj 32 by 64, and there are two layers."""
+    return int(name[1:]) * (128 + 96) * 2 * 4
 
 
 def test_asking_twice_fetches_once(make_cache: MakeCache, fetcher: FolderFetcher) -> None:
@@ -268,7 +276,7 @@ def test_a_damaged_folder_is_fetched_again(
     (folder / "adapter_model.safetensors").write_bytes(data)
     loaded(make_cache(), "a4")
     assert len(fetcher.fetches) == 2
-    assert json.loads((folder / "manifest.json").read_text()).keys() == {
+    assert json.loads((folder / "manifest.json").read_text())["files"].keys() == {
         "adapter_config.json",
         "adapter_model.safetensors",
     }
