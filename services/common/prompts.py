@@ -76,6 +76,11 @@ class PromptEncoder:
         )
 
     @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """The ids of the control tokens, which stand for no text of a caller's."""
+        return tuple(self._special_ids.values())
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be encoded at all."""
         return self._template is not None

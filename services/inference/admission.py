@@ -6,14 +6,16 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from lorafleet.inference.v1.generation_pb2 import ChatPrompt, GenerateRequest, ModelRef
+from lorafleet.inference.v1.generation_pb2 import GenerateRequest, ModelRef
 from lorafleet.inference.v1.inference_service_pb2 import ScoreRequest
 from services.common import call_context
-from services.common.chat_template import Message
 from services.common.errors import InvalidArgument
 from services.common.ids import new_id
 from services.common.prompts import PromptEncoder
 from services.inference import validation
+from services.inference.chat import Conversation
+from services.inference.constraints.compiler import ConstraintCompiler
+from services.inference.engine.constraint import Constraint
 from services.inference.engine.request import Request, RequestLimits, SamplingParams
 from services.inference.resolver import AdapterResolver
 from services.inference.sources import AdapterSource
@@ -41,9 +43,16 @@ class AdmittedScore:
 class Admission:
     """Turns calls into requests for the engine, or refuses them."""
 
-    def __init__(self, encoder: PromptEncoder, resolver: AdapterResolver, limits: RequestLimits) -> None:
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        resolver: AdapterResolver,
+        constraints: ConstraintCompiler,
+        limits: RequestLimits,
+    ) -> None:
         self._encoder = encoder
         self._resolver = resolver
+        self._constraints = constraints
         self._limits = limits
 
     async def generate(self, message: GenerateRequest) -> Admitted:
@@ -54,10 +63,12 @@ class Admission:
         """
         validation.check_priority(message)
         params = validation.sampling_params(message.sampling, vocab_size=self._limits.vocab_size)
+        wanted = validation.constraint(message.sampling)
         prompt = await self.encode_prompt(message)
         validation.check_room(params, len(prompt), max_model_len=self._limits.max_model_len)
         source = await self.resolve(message.model)
-        return Admitted(self._request(prompt, params, source), source)
+        constraint = None if wanted is None else await self._constraints.compile(*wanted)
+        return Admitted(self._request(prompt, params, source, constraint), source)
 
     async def score(self, message: ScoreRequest) -> AdmittedScore:
         """Admit the completions to score; their tokens follow the prompt's, encoded by themselves.
@@ -88,7 +99,7 @@ class Admission:
             case "text":
                 return await asyncio.to_thread(self._encoder.encode_text, message.text)
             case "chat":
-                return await asyncio.to_thread(self._encoder.encode_chat, chat_messages(message.chat))
+                return await asyncio.to_thread(Conversation.read(message.chat).encode, self._encoder)
             case "tokens":
                 token_ids = list(message.tokens.token_ids)
                 validation.check_token_ids(
@@ -115,7 +126,13 @@ class Admission:
                     limit="base = true, or an adapter reference",
                 )
 
-    def _request(self, prompt: list[int], params: SamplingParams, source: AdapterSource | None) -> Request:
+    def _request(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        source: AdapterSource | None,
+        constraint: Constraint | None = None,
+    ) -> Request:
         remaining_seconds = call_context.remaining_seconds()
         return Request(
             id=new_id("gen"),
@@ -123,12 +140,8 @@ class Admission:
             sampling=params,
             adapter_digest=None if source is None else source.digest,
             deadline_seconds=None if remaining_seconds is None else time.monotonic() + remaining_seconds,
+            constraint=constraint,
         )
-
-
-def chat_messages(chat: ChatPrompt) -> list[Message]:
-    """Return the messages of a prompt, unchecked."""
-    return [Message(message.role, message.content, message.name) for message in chat.messages]
 
 
 def _check_completions(completions: list[str]) -> None:

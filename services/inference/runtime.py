@@ -25,6 +25,8 @@ from services.inference.adapters.entry import AdapterState
 from services.inference.admission import Admission
 from services.inference.assembly import build_engine
 from services.inference.background import Background
+from services.inference.constraints.compiler import ConstraintCompiler
+from services.inference.constraints.vocabulary import Vocabulary
 from services.inference.conversion import Converter
 from services.inference.driver import Driver
 from services.inference.engine.engine import Engine
@@ -109,7 +111,8 @@ class Runtime:
                 stale_seconds=settings.resolve_stale_seconds,
             ),
         )
-        self.admission = Admission(base.encoder, self._resolver, base.engine.limits)
+        self._constraints = ConstraintCompiler(_vocabulary(base))
+        self.admission = Admission(base.encoder, self._resolver, self._constraints, base.engine.limits)
         self.resolve = self._resolver.resolve
         self.resolve_here = self._resolver.resolve_here
         self.replica_id = new_id("replica")
@@ -163,6 +166,7 @@ class Runtime:
         """End what goes on beside the calls, the downloads and the engine's thread."""
         await self._background.stop()
         self._fetcher.close()
+        await self._constraints.close()
         await asyncio.to_thread(self.driver.stop)
 
     def status(self) -> EngineStatus:
@@ -234,6 +238,15 @@ def _note_origins(engine: Engine, sources: AdapterSources) -> None:
             sources.note(AdapterSource.from_json(origin))
         except ValueError as error:
             _logger.warning("a folder's origin cannot be read", extra={"detail": str(error)})
+
+
+def _vocabulary(base: LoadedBase) -> Vocabulary:
+    encoder = base.encoder
+    return Vocabulary(
+        tokens=tuple(encoder.token_bytes[token_id] for token_id in range(base.engine.limits.vocab_size)),
+        special_token_ids=encoder.special_token_ids,
+        eos_token_ids=tuple(sorted(encoder.eos_token_ids)),
+    )
 
 
 class Startup:

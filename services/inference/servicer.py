@@ -37,7 +37,8 @@ from lorafleet.inference.v1.inference_service_pb2_grpc import InferenceServiceSe
 from services.common import call_context
 from services.common.errors import InvalidArgument
 from services.inference import telemetry
-from services.inference.admission import Admitted, chat_messages
+from services.inference.admission import Admitted
+from services.inference.chat import Conversation
 from services.inference.engine.events import TokenEvent
 from services.inference.engine.request import Request
 from services.inference.runtime import Runtime, Startup
@@ -101,7 +102,7 @@ class InferenceServicer(InferenceServiceServicer):
             case "text":
                 token_ids = await asyncio.to_thread(encoder.encode_text, request.text)
             case "chat":
-                token_ids = await asyncio.to_thread(encoder.encode_chat, chat_messages(request.chat))
+                token_ids = await asyncio.to_thread(Conversation.read(request.chat).encode, encoder)
             case None:
                 raise InvalidArgument(
                     "invalid_value", "Text or messages are required.", field="input", limit="text or chat"

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from lorafleet.inference.v1.generation_pb2 import GenerateRequest
 from lorafleet.inference.v1.generation_pb2 import SamplingParams as SamplingMessage
 from services.common.errors import InvalidArgument
+from services.inference.constraints.grammar import ConstraintKind
 from services.inference.engine.request import SamplingParams
 
 MAX_COMPLETIONS = 16
@@ -23,12 +24,8 @@ def sampling_params(message: SamplingMessage, *, vocab_size: int) -> SamplingPar
     """Return the engine's parameters; absent fields take the defaults of the contract.
 
     Raises:
-        InvalidArgument: `invalid_value`, with field, value and range; `unsupported_parameter` for a
-            constraint on the output.
+        InvalidArgument: `invalid_value`, with field, value and range.
     """
-    constraint = message.WhichOneof("constraint")
-    if constraint is not None:
-        raise _unsupported(f"sampling.{constraint}", "Constrained output is not offered.")
     params = SamplingParams(
         max_tokens=_optional_count(message, "max_tokens", 1, None),
         temperature=_number(message, "temperature", 1.0, 0.0, 2.0),
@@ -63,6 +60,23 @@ def check_priority(request: GenerateRequest) -> None:
         raise _invalid("priority", request.priority, f"-{MAX_PRIORITY} to {MAX_PRIORITY}")
     if request.priority != 0:
         raise _unsupported("priority", "Requests run first come, first served; leave priority at 0.")
+
+
+def constraint(message: SamplingMessage) -> tuple[ConstraintKind, str] | None:
+    """Return what every output must fit, unread, or None.
+
+    Raises:
+        InvalidArgument: `invalid_value` for anything else that would decide where the output ends.
+    """
+    name = message.WhichOneof("constraint")
+    if name is None:
+        return None
+    for field in ("stop", "stop_token_ids", "min_tokens", "ignore_eos"):
+        value = getattr(message, field)
+        if value:
+            raise _invalid(f"sampling.{field}", value, f"absent beside {name}, which decides where to end")
+    text: str = getattr(message, name)
+    return ConstraintKind(name), text
 
 
 def check_token_ids(token_ids: list[int], *, field: str, vocab_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -195,6 +196,93 @@ async def test_chat_uses_the_template(fleet: Fleet) -> None:
     )
     assert by_chat.tokens == by_tokens.tokens
     assert by_chat.started.prompt_tokens == len(tokenized.token_ids)
+
+
+async def test_tools_reach_the_template(tmp_path: Path, redis_url: str) -> None:
+    base = make_tiny_llama(tmp_path / "base", seed=1)
+    template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role + ':' + m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.id + call.function.name }}"
+        "{{ call.function.arguments | tojson }}{% endfor %}{{ m.tool_call_id or '' }}|{% endfor %}"
+    )
+    (base / "chat_template.jinja").write_text(template)
+    turns = [
+        messages.ChatMessage(role="user", content="sum"),
+        messages.ChatMessage(
+            role="assistant", tool_calls=[messages.ToolCall(id="c1", name="add", arguments='{"a": 1}')]
+        ),
+        messages.ChatMessage(role="tool", content="2", tool_call_id="c1"),
+    ]
+    chat = messages.ChatPrompt(messages=turns, tools=['{"type": "function"}'])
+    async with running_fleet(base, tmp_path, redis_url) as fleet:
+        stub = fleet.client.stub
+        tokenized = await fleet.client.call(stub.Tokenize, calls.TokenizeRequest(chat=chat))
+        expected = b'[{"type": "function"}]user:sum|assistant:c1add{"a": 1}|tool:2c1|'
+        assert b"".join(tokenized.tokens) == expected
+        bad: list[tuple[messages.ChatPrompt, str, str]] = [
+            (messages.ChatPrompt(messages=turns, tools=["[]"]), "invalid_value", "tools[0]"),
+            (messages.ChatPrompt(messages=turns, tools=["{}"] * 129), "invalid_value", "tools"),
+            (
+                messages.ChatPrompt(
+                    messages=[
+                        turns[0],
+                        messages.ChatMessage(
+                            role="assistant", tool_calls=[messages.ToolCall(name="add", arguments="1")]
+                        ),
+                    ]
+                ),
+                "bad_messages",
+                "messages[1].tool_calls[0].arguments",
+            ),
+            (
+                messages.ChatPrompt(
+                    messages=[
+                        messages.ChatMessage(
+                            role="user", tool_calls=[messages.ToolCall(name="add", arguments="{}")]
+                        )
+                    ]
+                ),
+                "bad_messages",
+                "messages[0].tool_calls",
+            ),
+        ]
+        for prompt, reason, field in bad:
+            with pytest.raises(LorafleetError) as caught:
+                await fleet.client.call(stub.Tokenize, calls.TokenizeRequest(chat=prompt))
+            assert (caught.value.reason, caught.value.field) == (reason, field)
+
+
+@pytest.mark.parametrize("adapter", [None, "qv-4"])
+async def test_constrained_streams_fit(fleet: Fleet, adapter: str | None) -> None:
+    number = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    schema = json.dumps(number | {"additionalProperties": False})
+    kinds = [{"json_schema": schema}, {"regex": "(ab){1,3}"}, {"grammar": 'start: "x" | "yé"'}]
+    streams = await asyncio.gather(
+        *(
+            fleet.client.generate(
+                request("Once", adapter, temperature=1.0, seed=seed, n=2, max_tokens=80, **kind)
+            )
+            for kind in kinds
+            for seed in range(3)
+        )
+    )
+    answers = [answer for stream in streams for answer in stream.answers.values()]
+    ended = [
+        answer
+        for answer in answers
+        if answer.finished is not None and answer.finished.reason == messages.FINISH_REASON_STOP
+    ]
+    assert len(ended) >= 12
+    for stream, kind in zip(streams, [kind for kind in kinds for _ in range(3)], strict=True):
+        for answer in stream.answers.values():
+            if answer not in ended:
+                continue
+            if "json_schema" in kind:
+                assert json.loads(answer.text)["a"] in (1, 2)
+            elif "regex" in kind:
+                assert answer.text in ("ab", "abab", "ababab")
+            else:
+                assert answer.text in ("x", "yé")
 
 
 @pytest.mark.parametrize("adapter", [None, "qv-4"])

@@ -50,7 +50,7 @@ def tokens(*token_ids: int) -> messages.GenerateRequest:
 
 # By row of the table of faults: the request, and the reason and field of its refusal.
 BAD: dict[str, tuple[messages.GenerateRequest, str, str | None]] = {
-    "68 constraint": (request(json_schema="{}"), "unsupported_parameter", "sampling.json_schema"),
+    "68 constraint and stop": (request(regex="a+", stop=["b"]), "invalid_value", "sampling.stop"),
     "68 priority": (
         messages.GenerateRequest(model=BASE, text="x", priority=3),
         "unsupported_parameter",

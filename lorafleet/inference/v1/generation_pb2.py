@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'lorafleet/inference/v1/generation.proto\x12\x16lorafleet.inference.v1\"7\n\x08ModelRef\x12\x0e\n\x04\x62\x61se\x18\x01 \x01(\x08H\x00\x12\x11\n\x07\x61\x64\x61pter\x18\x02 \x01(\tH\x00\x42\x08\n\x06target\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"C\n\nChatPrompt\x12\x35\n\x08messages\x18\x01 \x03(\x0b\x32#.lorafleet.inference.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xfa\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x08\x88\x01\x01\x12I\n\nlogit_bias\x18\t \x03(\x0b\x32\x35.lorafleet.inference.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\n \x01(\x03H\t\x88\x01\x01\x12\x0e\n\x01n\x18\x0b \x01(\rH\n\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12\x12\n\nignore_eos\x18\x0f \x01(\x08\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x0c\x88\x01\x01\x12\x15\n\x0bjson_schema\x18\x12 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x13 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x14 \x01(\tH\x00\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\nconstraintB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"\x84\x01\n\x10PositionLogprobs\x12\x34\n\x06\x63hosen\x18\x01 \x01(\x0b\x32$.lorafleet.inference.v1.TokenLogprob\x12:\n\x0c\x61lternatives\x18\x02 \x03(\x0b\x32$.lorafleet.inference.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x93\x02\n\x0fGenerateRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .lorafleet.inference.v1.ModelRef\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x35\n\x06tokens\x18\x03 \x01(\x0b\x32#.lorafleet.inference.v1.TokenPromptH\x00\x12\x32\n\x04\x63hat\x18\x04 \x01(\x0b\x32\".lorafleet.inference.v1.ChatPromptH\x00\x12\x38\n\x08sampling\x18\x05 \x01(\x0b\x32&.lorafleet.inference.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x05\x42\x08\n\x06prompt\"\xc5\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0eversion_digest\x18\x02 \x01(\t\x12\x13\n\x0bversion_ref\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x1f\n\x17\x62\x61se_fingerprint_digest\x18\x05 \x01(\t\x12\x41\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32(.lorafleet.inference.v1.PositionLogprobs\"s\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12:\n\x08logprobs\x18\x04 \x03(\x0b\x32(.lorafleet.inference.v1.PositionLogprobs\"\x8b\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12\x34\n\x06reason\x18\x02 \x01(\x0e\x32$.lorafleet.inference.v1.FinishReason\x12\x0c\n\x04stop\x18\x03 \x01(\t\x12,\n\x05usage\x18\x04 \x01(\x0b\x32\x1d.lorafleet.inference.v1.Usage\"\xb5\x01\n\x10GenerateResponse\x12\x32\n\x07started\x18\x01 \x01(\x0b\x32\x1f.lorafleet.inference.v1.StartedH\x00\x12.\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.lorafleet.inference.v1.DeltaH\x00\x12\x34\n\x08\x66inished\x18\x03 \x01(\x0b\x32 .lorafleet.inference.v1.FinishedH\x00\x42\x07\n\x05\x65vent*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'lorafleet/inference/v1/generation.proto\x12\x16lorafleet.inference.v1\"7\n\x08ModelRef\x12\x0e\n\x04\x62\x61se\x18\x01 \x01(\x08H\x00\x12\x11\n\x07\x61\x64\x61pter\x18\x02 \x01(\tH\x00\x42\x08\n\x06target\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\x86\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x34\n\ntool_calls\x18\x04 \x03(\x0b\x32 .lorafleet.inference.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"R\n\nChatPrompt\x12\x35\n\x08messages\x18\x01 \x03(\x0b\x32#.lorafleet.inference.v1.ChatMessage\x12\r\n\x05tools\x18\x02 \x03(\t\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xfa\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x08\x88\x01\x01\x12I\n\nlogit_bias\x18\t \x03(\x0b\x32\x35.lorafleet.inference.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\n \x01(\x03H\t\x88\x01\x01\x12\x0e\n\x01n\x18\x0b \x01(\rH\n\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12\x12\n\nignore_eos\x18\x0f \x01(\x08\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x0c\x88\x01\x01\x12\x15\n\x0bjson_schema\x18\x12 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x13 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x14 \x01(\tH\x00\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\nconstraintB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"\x84\x01\n\x10PositionLogprobs\x12\x34\n\x06\x63hosen\x18\x01 \x01(\x0b\x32$.lorafleet.inference.v1.TokenLogprob\x12:\n\x0c\x61lternatives\x18\x02 \x03(\x0b\x32$.lorafleet.inference.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x93\x02\n\x0fGenerateRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .lorafleet.inference.v1.ModelRef\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x35\n\x06tokens\x18\x03 \x01(\x0b\x32#.lorafleet.inference.v1.TokenPromptH\x00\x12\x32\n\x04\x63hat\x18\x04 \x01(\x0b\x32\".lorafleet.inference.v1.ChatPromptH\x00\x12\x38\n\x08sampling\x18\x05 \x01(\x0b\x32&.lorafleet.inference.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x05\x42\x08\n\x06prompt\"\xc5\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0eversion_digest\x18\x02 \x01(\t\x12\x13\n\x0bversion_ref\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x1f\n\x17\x62\x61se_fingerprint_digest\x18\x05 \x01(\t\x12\x41\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32(.lorafleet.inference.v1.PositionLogprobs\"s\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12:\n\x08logprobs\x18\x04 \x03(\x0b\x32(.lorafleet.inference.v1.PositionLogprobs\"\x8b\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12\x34\n\x06reason\x18\x02 \x01(\x0e\x32$.lorafleet.inference.v1.FinishReason\x12\x0c\n\x04stop\x18\x03 \x01(\t\x12,\n\x05usage\x18\x04 \x01(\x0b\x32\x1d.lorafleet.inference.v1.Usage\"\xb5\x01\n\x10GenerateResponse\x12\x32\n\x07started\x18\x01 \x01(\x0b\x32\x1f.lorafleet.inference.v1.StartedH\x00\x12.\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.lorafleet.inference.v1.DeltaH\x00\x12\x34\n\x08\x66inished\x18\x03 \x01(\x0b\x32 .lorafleet.inference.v1.FinishedH\x00\x42\x07\n\x05\x65vent*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,34 +33,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2255
-  _globals['_FINISHREASON']._serialized_end=2377
+  _globals['_FINISHREASON']._serialized_start=2404
+  _globals['_FINISHREASON']._serialized_end=2526
   _globals['_MODELREF']._serialized_start=67
   _globals['_MODELREF']._serialized_end=122
-  _globals['_CHATMESSAGE']._serialized_start=124
-  _globals['_CHATMESSAGE']._serialized_end=182
-  _globals['_CHATPROMPT']._serialized_start=184
-  _globals['_CHATPROMPT']._serialized_end=251
-  _globals['_TOKENPROMPT']._serialized_start=253
-  _globals['_TOKENPROMPT']._serialized_end=285
-  _globals['_SAMPLINGPARAMS']._serialized_start=288
-  _globals['_SAMPLINGPARAMS']._serialized_end=1050
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=813
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=861
-  _globals['_TOKENLOGPROB']._serialized_start=1052
-  _globals['_TOKENLOGPROB']._serialized_end=1115
-  _globals['_POSITIONLOGPROBS']._serialized_start=1118
-  _globals['_POSITIONLOGPROBS']._serialized_end=1250
-  _globals['_USAGE']._serialized_start=1252
-  _globals['_USAGE']._serialized_end=1332
-  _globals['_GENERATEREQUEST']._serialized_start=1335
-  _globals['_GENERATEREQUEST']._serialized_end=1610
-  _globals['_STARTED']._serialized_start=1613
-  _globals['_STARTED']._serialized_end=1810
-  _globals['_DELTA']._serialized_start=1812
-  _globals['_DELTA']._serialized_end=1927
-  _globals['_FINISHED']._serialized_start=1930
-  _globals['_FINISHED']._serialized_end=2069
-  _globals['_GENERATERESPONSE']._serialized_start=2072
-  _globals['_GENERATERESPONSE']._serialized_end=2253
+  _globals['_TOOLCALL']._serialized_start=124
+  _globals['_TOOLCALL']._serialized_end=179
+  _globals['_CHATMESSAGE']._serialized_start=182
+  _globals['_CHATMESSAGE']._serialized_end=316
+  _globals['_CHATPROMPT']._serialized_start=318
+  _globals['_CHATPROMPT']._serialized_end=400
+  _globals['_TOKENPROMPT']._serialized_start=402
+  _globals['_TOKENPROMPT']._serialized_end=434
+  _globals['_SAMPLINGPARAMS']._serialized_start=437
+  _globals['_SAMPLINGPARAMS']._serialized_end=1199
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=962
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1010
+  _globals['_TOKENLOGPROB']._serialized_start=1201
+  _globals['_TOKENLOGPROB']._serialized_end=1264
+  _globals['_POSITIONLOGPROBS']._serialized_start=1267
+  _globals['_POSITIONLOGPROBS']._serialized_end=1399
+  _globals['_USAGE']._serialized_start=1401
+  _globals['_USAGE']._serialized_end=1481
+  _globals['_GENERATEREQUEST']._serialized_start=1484
+  _globals['_GENERATEREQUEST']._serialized_end=1759
+  _globals['_STARTED']._serialized_start=1762
+  _globals['_STARTED']._serialized_end=1959
+  _globals['_DELTA']._serialized_start=1961
+  _globals['_DELTA']._serialized_end=2076
+  _globals['_FINISHED']._serialized_start=2079
+  _globals['_FINISHED']._serialized_end=2218
+  _globals['_GENERATERESPONSE']._serialized_start=2221
+  _globals['_GENERATERESPONSE']._serialized_end=2402
 # @@protoc_insertion_point(module_scope)

@@ -152,7 +152,7 @@ class EmbedRequest(_message.Message):
     def model(self) -> _generation_pb2.ModelRef: ...
     @_builtins.property
     def inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """1 to 256."""
+        """1 to 256, none of them empty; encoded as a text prompt is."""
 
     def __init__(
         self,

@@ -106,7 +106,8 @@ class InferenceServiceServicer:
 
     def Generate(self, request, context):
         """Streams: one Started, then Deltas, then one Finished for each completion. Ending the call ends the work within a step.
-        Errors before Started: invalid_value, context_length_exceeded, bad_messages, no_chat_template (INVALID_ARGUMENT); adapter_not_found,
+        Errors before Started: invalid_value, context_length_exceeded, bad_messages, no_chat_template, schema_too_complex, unsupported_regex,
+        unsupported_grammar (INVALID_ARGUMENT; the last three also later, where a constraint grows too complex); adapter_not_found,
         version_not_found, alias_not_found, adapter_deleted (NOT_FOUND); base_revision_mismatch, rank_too_large (FAILED_PRECONDITION); queue_full
         (RESOURCE_EXHAUSTED, with a retry delay); adapter_unavailable (UNAVAILABLE).
         """
@@ -115,14 +116,15 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """Log-probabilities of given completions of one prompt. Errors: as Generate.
+        """Log-probabilities of given completions of one prompt, each encoded by itself and appended to the prompt's tokens. Errors: as Generate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Embed(self, request, context):
-        """The mean of the last hidden states of each input.
+        """For each input the mean, over its tokens, of the hidden states behind the last layer and its norm, with the adapter applied; not
+        normalised to length 1. Errors: as Generate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,14 +38,17 @@ class InferenceServiceStub:
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
     """Streams: one Started, then Deltas, then one Finished for each completion. Ending the call ends the work within a step.
-    Errors before Started: invalid_value, context_length_exceeded, bad_messages, no_chat_template (INVALID_ARGUMENT); adapter_not_found,
+    Errors before Started: invalid_value, context_length_exceeded, bad_messages, no_chat_template, schema_too_complex, unsupported_regex,
+    unsupported_grammar (INVALID_ARGUMENT; the last three also later, where a constraint grows too complex); adapter_not_found,
     version_not_found, alias_not_found, adapter_deleted (NOT_FOUND); base_revision_mismatch, rank_too_large (FAILED_PRECONDITION); queue_full
     (RESOURCE_EXHAUSTED, with a retry delay); adapter_unavailable (UNAVAILABLE).
     """
     Score: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.ScoreRequest, _inference_service_pb2.ScoreResponse]
-    """Log-probabilities of given completions of one prompt. Errors: as Generate."""
+    """Log-probabilities of given completions of one prompt, each encoded by itself and appended to the prompt's tokens. Errors: as Generate."""
     Embed: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.EmbedRequest, _inference_service_pb2.EmbedResponse]
-    """The mean of the last hidden states of each input."""
+    """For each input the mean, over its tokens, of the hidden states behind the last layer and its norm, with the adapter applied; not
+    normalised to length 1. Errors: as Generate.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.TokenizeRequest, _inference_service_pb2.TokenizeResponse]
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.DetokenizeRequest, _inference_service_pb2.DetokenizeResponse]
     """Errors: invalid_value (INVALID_ARGUMENT) for an id outside the vocabulary."""
@@ -71,14 +74,17 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams: one Started, then Deltas, then one Finished for each completion. Ending the call ends the work within a step.
-    Errors before Started: invalid_value, context_length_exceeded, bad_messages, no_chat_template (INVALID_ARGUMENT); adapter_not_found,
+    Errors before Started: invalid_value, context_length_exceeded, bad_messages, no_chat_template, schema_too_complex, unsupported_regex,
+    unsupported_grammar (INVALID_ARGUMENT; the last three also later, where a constraint grows too complex); adapter_not_found,
     version_not_found, alias_not_found, adapter_deleted (NOT_FOUND); base_revision_mismatch, rank_too_large (FAILED_PRECONDITION); queue_full
     (RESOURCE_EXHAUSTED, with a retry delay); adapter_unavailable (UNAVAILABLE).
     """
     Score: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.ScoreRequest, _inference_service_pb2.ScoreResponse]  # type: ignore[assignment]
-    """Log-probabilities of given completions of one prompt. Errors: as Generate."""
+    """Log-probabilities of given completions of one prompt, each encoded by itself and appended to the prompt's tokens. Errors: as Generate."""
     Embed: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.EmbedRequest, _inference_service_pb2.EmbedResponse]  # type: ignore[assignment]
-    """The mean of the last hidden states of each input."""
+    """For each input the mean, over its tokens, of the hidden states behind the last layer and its norm, with the adapter applied; not
+    normalised to length 1. Errors: as Generate.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.TokenizeRequest, _inference_service_pb2.TokenizeResponse]  # type: ignore[assignment]
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.DetokenizeRequest, _inference_service_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Errors: invalid_value (INVALID_ARGUMENT) for an id outside the vocabulary."""
@@ -107,7 +113,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateResponse], _abc.AsyncIterator[_generation_pb2.GenerateResponse]]:
         """Streams: one Started, then Deltas, then one Finished for each completion. Ending the call ends the work within a step.
-        Errors before Started: invalid_value, context_length_exceeded, bad_messages, no_chat_template (INVALID_ARGUMENT); adapter_not_found,
+        Errors before Started: invalid_value, context_length_exceeded, bad_messages, no_chat_template, schema_too_complex, unsupported_regex,
+        unsupported_grammar (INVALID_ARGUMENT; the last three also later, where a constraint grows too complex); adapter_not_found,
         version_not_found, alias_not_found, adapter_deleted (NOT_FOUND); base_revision_mismatch, rank_too_large (FAILED_PRECONDITION); queue_full
         (RESOURCE_EXHAUSTED, with a retry delay); adapter_unavailable (UNAVAILABLE).
         """
@@ -118,7 +125,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.ScoreRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.ScoreResponse, _abc.Awaitable[_inference_service_pb2.ScoreResponse]]:
-        """Log-probabilities of given completions of one prompt. Errors: as Generate."""
+        """Log-probabilities of given completions of one prompt, each encoded by itself and appended to the prompt's tokens. Errors: as Generate."""
 
     @_abc_1.abstractmethod
     def Embed(
@@ -126,7 +133,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.EmbedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.EmbedResponse, _abc.Awaitable[_inference_service_pb2.EmbedResponse]]:
-        """The mean of the last hidden states of each input."""
+        """For each input the mean, over its tokens, of the hidden states behind the last layer and its norm, with the adapter applied; not
+        normalised to length 1. Errors: as Generate.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(

@@ -202,6 +202,7 @@ class Engine:
             text=TextStream(self._base.tokenizer, request.prompt_token_ids, sampling.stop),
             token_ids=list(request.prompt_token_ids),
             queued_at=self._clock(),
+            constraint=None if request.constraint is None else request.constraint.start(),
         )
 
     def _end_hopeless(self) -> list[TokenEvent]:
@@ -261,6 +262,8 @@ class Engine:
         self._stats.completion_tokens += 1
         try:
             text, reason, cause = self._read(sequence, choice.token_id)
+        except LorafleetError as error:
+            return self._failed(sequence, error)
         except Exception as error:  # One request's text must not end the others' step.
             logger.exception("decoding the text of request %s failed", sequence.request.id)
             failure = Internal(
@@ -288,17 +291,20 @@ class Engine:
     def _read(self, sequence: Sequence, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
         """Return the new certain text, and whether and why the sequence ends."""
         sampling = sequence.sampling
+        if sequence.constraint is not None:
+            sequence.constraint.accept(token_id)
         may_stop = sequence.num_output >= sampling.min_tokens
         is_eos = token_id in self._eos_token_ids and not sampling.ignore_eos
         if is_eos or token_id in sampling.stop_token_ids:
             text, stop = sequence.text.flush()
             return text, FinishReason.STOP, token_id if stop is None else stop
         text, stop = sequence.text.push(token_id, look_for_stops=may_stop)
-        if stop is None and sequence.num_output >= sequence.max_tokens:
+        is_complete = sequence.constraint is not None and sequence.constraint.is_complete
+        if stop is None and (is_complete or sequence.num_output >= sequence.max_tokens):
             rest, stop = sequence.text.flush()
             text += rest
             if stop is None:
-                return text, FinishReason.LENGTH, None
+                return text, FinishReason.STOP if is_complete else FinishReason.LENGTH, None
         return text, None if stop is None else FinishReason.STOP, stop
 
     def _scored(self, sequence: Sequence) -> TokenEvent:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from services.common.errors import InvalidArgument
+from services.inference.engine.constraint import Constraint
 
 MAX_SEQUENCES = 16
 MAX_LOGPROBS = 20
@@ -75,6 +76,7 @@ class Request:
         deadline_seconds: when to give up, on the engine's clock (`time.monotonic` unless told otherwise).
         tenant: who asks; nothing that is computed for one tenant is used for another.
         priority: among the tenant's own requests, higher runs first.
+        constraint: what every output must fit; it alone decides where an output may end.
     """
 
     id: str
@@ -84,6 +86,7 @@ class Request:
     deadline_seconds: float | None = None
     tenant: str = ""
     priority: int = 0
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,15 @@
 """From logits to tokens.
 
-Each row is shaped (penalties, biases), scaled by its temperature, filtered (top-k, then top-p, then min-p),
-and drawn from by the inverse of its cumulative distribution. The uniform number of a draw is a hash of the
-sequence's seed, its index and the position, so neither the rest of the batch nor a preemption changes it.
+Each row is shaped (penalties, biases, bans, the mask of a constraint), scaled by its temperature, filtered
+(top-k, then top-p, then min-p), and drawn from by the inverse of its cumulative distribution. The uniform
+number of a draw is a hash of the sequence's seed, its index and the position, so neither the rest of the
+batch nor a preemption changes it. All rows are worked on at once; where all are greedy and want nothing more,
+that is finding their maxima.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import struct
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from torch import Tensor
 from services.common.errors import Internal, LorafleetError
 from services.inference.engine.events import TokenLogprob
 from services.inference.engine.sequence import Sequence
-
-logger = logging.getLogger(__name__)
+from services.inference.engine.shaping import shape
 
 _UNIFORM_BITS = 48
+# Rows that keep only likely tokens are sorted as far as this; those that need more are sorted whole.
+_SHORT_LIST = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,46 +48,25 @@ class Sampler:
 
         A row that cannot be sampled gets an error; the others are not affected.
         """
-        errors: dict[int, LorafleetError] = {}
-        finite = torch.isfinite(logits).all(dim=-1).tolist()
-        shaped = logits.clone()
-        for row, sequence in enumerate(sequences):
-            if not finite[row]:
-                errors[row] = Internal("logits_not_finite", "The model gave infinite or undefined logits.")
-                shaped[row] = 0.0
-                continue
-            try:
-                self._shape(shaped[row], sequence)
-            except Exception as error:  # One request's parameters must not end the others' step.
-                logger.exception("shaping the logits of request %s failed", sequence.request.id)
-                errors[row] = Internal("sampling_failed", f"Sampling failed: {type(error).__name__}.")
-                shaped[row] = 0.0
-        tokens = _choose(shaped, sequences)
+        shaped, errors = shape(logits, sequences, self._eos_token_ids)
+        highest, best = shaped.max(dim=-1)
+        tokens: list[int] = best.tolist()
+        # Whatever is undefined or infinite in a row is its maximum.
+        broken = (~torch.isfinite(highest)).nonzero()[:, 0].tolist()
+        for row in broken:
+            errors.setdefault(
+                row, Internal("logits_not_finite", "The model gave infinite or undefined logits.")
+            )
+        drawn = [
+            row for row, item in enumerate(sequences) if item.sampling.temperature > 0 and row not in errors
+        ]
+        for row, token in zip(drawn, _draw(shaped, drawn, sequences), strict=True):
+            tokens[row] = token
         logprobs = _logprobs_of_chosen(logits, sequences, tokens)
         return [
             Sampled(error=errors[row]) if row in errors else Sampled(token, logprobs[row])
             for row, token in enumerate(tokens)
         ]
-
-    def _shape(self, logits: Tensor, sequence: Sequence) -> None:
-        """Apply one sequence's penalties, biases and bans to its row, in place."""
-        sampling = sequence.sampling
-        if sampling.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
-            values = logits[seen]
-            penalty = sampling.repetition_penalty
-            logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-        counts = sequence.output_counts
-        if counts and (sampling.presence_penalty or sampling.frequency_penalty):
-            ids = torch.tensor(list(counts), device=logits.device)
-            times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
-            logits[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
-        if sampling.logit_bias:
-            ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-            logits[ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
-        if sequence.num_output < sampling.min_tokens:
-            banned = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else self._eos_token_ids)
-            logits[torch.tensor(sorted(banned), dtype=torch.long, device=logits.device)] = -torch.inf
 
 
 def score(logits: Tensor, token_ids: Items[int], top: int) -> list[TokenLogprob]:
@@ -116,42 +97,87 @@ def uniform(seed: int, index: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> (64 - _UNIFORM_BITS)) / 2.0**_UNIFORM_BITS
 
 
-def _choose(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
-    plain: list[int] = []
-    filtered: list[int] = []
-    for row, sequence in enumerate(sequences):
-        sampling = sequence.sampling
-        if sampling.temperature > 0:
-            (filtered if sampling.top_p < 1 or sampling.top_k > 0 else plain).append(row)
-    for rows, draw in ((plain, _draw_plain), (filtered, _draw_filtered)):
-        if rows:
-            chosen = draw(logits[rows], [sequences[row] for row in rows])
-            for row, token in zip(rows, chosen, strict=True):
-                tokens[row] = token
-    return tokens
+def _draw(logits: Tensor, rows: Items[int], sequences: Items[Sequence]) -> list[int]:
+    """Return a token for each of `rows` of logits [all rows, vocabulary], all of temperature above 0."""
+    tokens: dict[int, int] = {}
+    plain = [row for row in rows if not _is_filtered(sequences[row])]
+    filtered = [row for row in rows if _is_filtered(sequences[row])]
+    if plain:
+        some = [sequences[row] for row in plain]
+        tokens |= zip(plain, _draw_plain(_scaled(logits, plain, some), some), strict=True)
+    if filtered:
+        some = [sequences[row] for row in filtered]
+        tokens |= zip(filtered, _draw_filtered(_scaled(logits, filtered, some), some), strict=True)
+    return [tokens[row] for row in rows]
 
 
-def _draw_plain(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
-    probabilities = torch.softmax(logits / _column(sequences, "temperature", logits), dim=-1)
-    probabilities = _at_least_min_p(probabilities, sequences)
+def _is_filtered(sequence: Sequence) -> bool:
+    return sequence.sampling.top_p < 1 or sequence.sampling.top_k > 0
+
+
+def _scaled(logits: Tensor, rows: Items[int], sequences: Items[Sequence]) -> Tensor:
+    """Divide by the temperature what lies above the row's maximum, which no temperature makes infinite."""
+    chosen = logits if len(rows) == len(logits) else logits[rows]
+    chosen = chosen - chosen.amax(dim=-1, keepdim=True)
+    return chosen / _column(sequences, "temperature", chosen).clamp_min(1e-6)
+
+
+def _draw_plain(scaled: Tensor, sequences: Items[Sequence]) -> list[int]:
+    probabilities = _at_least_min_p(torch.softmax(scaled, dim=-1), sequences)
     tokens: list[int] = _inverse(probabilities, sequences).tolist()
     return tokens
 
 
-def _draw_filtered(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    ordered = ordered / _column(sequences, "temperature", logits)
-    top_k = _column(sequences, "top_k", logits)
-    ranks = torch.arange(ordered.shape[-1], device=logits.device)
-    ordered = ordered.masked_fill((top_k > 0) & (ranks >= top_k), -torch.inf)
-    probabilities = torch.softmax(ordered, dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    outside = before >= _column(sequences, "top_p", logits)
-    outside[:, 0] = False
-    probabilities = _at_least_min_p(probabilities.masked_fill(outside, 0.0), sequences)
-    tokens: list[int] = order.gather(1, _inverse(probabilities, sequences)[:, None])[:, 0].tolist()
+def _draw_filtered(scaled: Tensor, sequences: Items[Sequence]) -> list[int]:
+    """Draw among the likeliest: from a short list where what is kept ends within it, else from the whole.
+
+    Equal logits are in order of their ids, so which list is used changes nothing.
+    """
+    width = min(_SHORT_LIST, scaled.shape[-1])
+    order = scaled.topk(width, dim=-1).indices.sort(dim=-1).values
+    listed, places = scaled.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    order = order.gather(1, places)
+    kept, is_settled = _kept(listed, scaled, sequences)
+    tokens: list[int] = order.gather(1, _inverse(kept, sequences)[:, None])[:, 0].tolist()
+    if width == scaled.shape[-1] or is_settled.all():
+        return tokens
+    rest = (~is_settled).nonzero()[:, 0].tolist()
+    some = [sequences[row] for row in rest]
+    whole = scaled[rest]
+    listed, order = whole.sort(dim=-1, descending=True, stable=True)
+    kept, _ = _kept(listed, whole, some)
+    chosen = order.gather(1, _inverse(kept, some)[:, None])[:, 0].tolist()
+    for row, token in zip(rest, chosen, strict=True):
+        tokens[row] = token
     return tokens
+
+
+def _kept(listed: Tensor, scaled: Tensor, sequences: Items[Sequence]) -> tuple[Tensor, Tensor]:
+    """Return what is kept of the likeliest tokens, and whether that certainly ends before the list does.
+
+    Args:
+        listed: [rows, width] the highest of `scaled`, falling.
+        scaled: [rows, vocabulary].
+
+    Returns:
+        Unnormalised probabilities [rows, width], 0 where not kept; and [rows] truth values.
+    """
+    top_k = _column(sequences, "top_k", listed)
+    ranks = torch.arange(listed.shape[-1], device=listed.device)
+    within_k = (top_k == 0) | (ranks < top_k)
+    weights = listed.double().exp().masked_fill(~within_k, 0.0)
+    # Without top-k the whole vocabulary shares the probability; with it, those that it keeps.
+    every = scaled.double().exp().sum(dim=-1, keepdim=True)
+    total = torch.where(top_k > 0, weights.sum(dim=-1, keepdim=True), every)
+    before = weights.cumsum(dim=-1) - weights
+    within_p = before < _column(sequences, "top_p", weights) * total
+    within_p[:, 0] = True
+    kept = _at_least_min_p(weights.masked_fill(~within_p, 0.0), sequences)
+    last = kept.gt(0).sum(dim=-1, keepdim=True) - 1
+    # A token that is as likely as the list's last may have others like it beyond the list.
+    ends_within = listed.gather(1, last) > listed[:, -1:]
+    k_within = (top_k == 0) | (top_k < listed.shape[-1])
+    return kept, (ends_within & k_within)[:, 0]
 
 
 def _at_least_min_p(probabilities: Tensor, sequences: Items[Sequence]) -> Tensor:

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from services.inference.adapters.weights import AdapterWeights
+from services.inference.engine.constraint import ConstraintState
 from services.inference.engine.events import TokenLogprob
 from services.inference.engine.prefix import Chain
 from services.inference.engine.request import Request, SamplingParams
@@ -36,6 +37,7 @@ class Sequence:
         arrival: its place in the order of arrival.
         queued_at: when it arrived, on the engine's clock.
         queue_seconds: how long it then waited before it first ran; None while it waits.
+        constraint: how far the output has come in the request's constraint.
     """
 
     request: Request
@@ -52,6 +54,7 @@ class Sequence:
     adapter: AdapterWeights | None = None
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    constraint: ConstraintState | None = None
     num_cached: int | None = None
     arrival: int = 0
     chain: Chain = field(init=False)

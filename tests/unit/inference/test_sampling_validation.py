@@ -10,6 +10,7 @@ import pytest
 from lorafleet.inference.v1.generation_pb2 import GenerateRequest, SamplingParams
 from services.common.errors import InvalidArgument
 from services.inference import validation
+from services.inference.constraints.grammar import ConstraintKind
 
 VOCAB_SIZE = 264
 MAX_MODEL_LEN = 512
@@ -109,11 +110,21 @@ def test_absent_fields_take_the_contracts_defaults() -> None:
     assert (params.seed, params.logprobs, params.prompt_logprobs, params.n) == (None, None, None, 1)
 
 
-@pytest.mark.parametrize("constraint", ["json_schema", "regex", "grammar"])
-def test_constraints_are_refused_by_name(constraint: str) -> None:
-    with pytest.raises(InvalidArgument) as caught:
-        validation.sampling_params(SamplingParams(**{constraint: "x"}), vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
-    assert (caught.value.reason, caught.value.field) == ("unsupported_parameter", f"sampling.{constraint}")
+@pytest.mark.parametrize("name", ["json_schema", "regex", "grammar"])
+def test_a_constraint_alone_decides_where_to_end(name: str) -> None:
+    kind = ConstraintKind(name)
+    assert validation.constraint(SamplingParams(**{name: "x"})) == (kind, "x")  # type: ignore[arg-type]
+    assert validation.constraint(SamplingParams()) is None
+    others: list[dict[str, Any]] = [
+        {"stop": ["a"]},
+        {"stop_token_ids": [6]},
+        {"min_tokens": 1},
+        {"ignore_eos": True},
+    ]
+    for other in others:
+        with pytest.raises(InvalidArgument) as caught:
+            validation.constraint(SamplingParams(**{name: "x", **other}))
+        assert (caught.value.reason, caught.value.field) == ("invalid_value", f"sampling.{next(iter(other))}")
 
 
 def test_priority_is_refused_and_its_range_checked() -> None:

@@ -1,0 +1,1 @@
+"""Constraints on the output: JSON schemas, regular expressions and grammars, within limits."""
