@@ -14,6 +14,9 @@ MESSAGE_HARD_LIMIT_BYTES: Final = 2 * MESSAGE_LIMIT_BYTES
 CHUNK_BYTES: Final = 256 * 1024
 """Bytes per message where a blob is streamed."""
 
+WINDOW_BYTES: Final = 512 * 1024
+"""Bytes of one stream that may be under way, or lie unread at the receiver's end."""
+
 METADATA_LIMIT_BYTES: Final = 16 * 1024
 """Largest metadata of a call; one fixed limit, since between a soft and a hard one gRPC refuses at random."""
 
@@ -51,6 +54,9 @@ def transport_options(keepalive: KeepAlive) -> list[tuple[str, int]]:
         ("grpc.http2.ping_timeout_ms", int(keepalive.timeout_seconds * 1000)),
         # A stream may be quiet for long; without this a channel stops to ping after two of them.
         ("grpc.http2.max_pings_without_data", 0),
+        # Else the windows grow with the link, to where gRPC holds whole adapters that nobody has read yet.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     ]
 
 

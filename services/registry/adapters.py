@@ -9,7 +9,7 @@ from services.common import names
 from services.common.adapter_format import AdapterSummary
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.registry.bases import Bases
-from services.registry.blobs import Blobs
+from services.registry.blobs import Blobs, Piece
 from services.registry.catalogue import Catalogue, Mutation
 from services.registry.clock import now_ms
 from services.registry.config import RegistryLimits
@@ -76,9 +76,9 @@ class Adapters:
                 await self._blobs.keep(file.digest, incoming.uploads[file.name].path)
             return await self._record(tenant, publication, base, summary)
 
-    async def download(
+    def download(
         self, version: Version, file_name: str, *, offset: int, length: int | None
-    ) -> AsyncGenerator[tuple[int, bytes], None]:
+    ) -> AsyncGenerator[Piece, None]:
         """Yield (offset, bytes) of one file of a version.
 
         Raises:
@@ -86,10 +86,7 @@ class Adapters:
             OutOfRange, DataLoss: as `Blobs.stream`.
         """
         file = _file_named(version.record, file_name)
-        async for piece in self._blobs.stream(
-            file.digest, size_bytes=file.size_bytes, offset=offset, length=length
-        ):
-            yield piece
+        return self._blobs.stream(file.digest, size_bytes=file.size_bytes, offset=offset, length=length)
 
     async def delete_version(self, tenant: str, adapter: str, number: int) -> Version:
         """Mark a version deleted, for good; a second time nothing happens.

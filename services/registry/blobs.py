@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
@@ -12,7 +13,9 @@ from services.common.errors import DataLoss, OutOfRange, ResourceExhausted
 from services.common.failpoints import failpoint
 from services.common.store import ObjectNotFoundError, ObjectStore
 from services.registry.keys import blob_key
-from services.registry.uninterrupted import in_thread
+from services.registry.uninterrupted import Threads
+
+Piece = tuple[int, bytes]
 
 
 class Upload:
@@ -48,10 +51,11 @@ class Upload:
 
 
 class Blobs:
-    """The blobs of the object store."""
+    """The blobs of the object store; `threads` do the reading and writing."""
 
-    def __init__(self, store: ObjectStore) -> None:
+    def __init__(self, store: ObjectStore, threads: Threads) -> None:
         self._store = store
+        self._threads = threads
         self._in_use: Counter[str] = Counter()
         self._used_since_sweep: set[str] | None = None
 
@@ -62,7 +66,7 @@ class Blobs:
         would. The file at `path` is given away.
         """
         failpoint("blob.before_put")
-        await in_thread(self._store.move_file, blob_key(digest), path)
+        await self._threads.run(self._store.move_file, blob_key(digest), path)
         failpoint("blob.after_put")
 
     @contextmanager
@@ -90,7 +94,7 @@ class Blobs:
 
     async def stream(
         self, digest: str, *, size_bytes: int, offset: int, length: int | None
-    ) -> AsyncGenerator[tuple[int, bytes], None]:
+    ) -> AsyncGenerator[Piece, None]:
         """Yield (offset, bytes) from `offset` on; the last piece only once the whole blob proved to be
         intact.
 
@@ -108,18 +112,28 @@ class Blobs:
             raise OutOfRange("bad_range", message, field="offset", value=offset, limit=size_bytes)
         end = size_bytes if length is None else min(size_bytes, offset + length)
         pieces = self._checked_pieces(digest, size_bytes, offset, end)
+        ahead = self._read(pieces)
         try:
-            while (piece := await in_thread(next, pieces, None)) is not None:
+            while (piece := await ahead) is not None:
+                # One piece is read and hashed while the one before is sent.
+                ahead = self._read(pieces)
                 yield piece
         finally:
-            await in_thread(pieces.close)
+            await asyncio.wait([ahead])
+            if not ahead.cancelled():
+                # A failure nobody waits for any more; asking keeps asyncio from reporting it as forgotten.
+                ahead.exception()
+            await self._threads.run(pieces.close)
+
+    def _read(self, pieces: Generator[Piece, None, None]) -> asyncio.Task[Piece | None]:
+        return asyncio.create_task(self._threads.run(next, pieces, None))
 
     def _checked_pieces(
         self, digest: str, size_bytes: int, offset: int, end: int
-    ) -> Generator[tuple[int, bytes], None, None]:
+    ) -> Generator[Piece, None, None]:
         found = hashlib.sha256()
         position = 0
-        held: tuple[int, bytes] | None = None
+        held: Piece | None = None
         try:
             for chunk in self._store.stream(blob_key(digest)):
                 found.update(chunk)

@@ -41,6 +41,9 @@ class RegistrySettings(IndexSettings, StoreSettings, ServiceSettings):
     max_open_uploads: int = Field(default=64, ge=1, le=1000)
     """Resumable uploads that one tenant may have open at once."""
 
+    max_transfers: int = Field(default=16, ge=1, le=1024)
+    """Uploads and downloads whose bytes move at once, with a few MiB of memory each; others wait."""
+
     gc_interval_seconds: float = Field(default=6 * 3600.0, gt=0)
     """Pause between two rounds of garbage collection."""
 

@@ -22,6 +22,8 @@ from services.registry.lookup import Lookup
 from services.registry.scratch import Scratch
 from services.registry.servicers import AdapterServicer, BaseModelServicer, FileServicer
 from services.registry.token_secret import TokenSource
+from services.registry.transfers import Transfers
+from services.registry.uninterrupted import Threads
 from services.registry.uploads import Uploads
 from services.registry.usage import Usage
 from services.registry.verification import Verification, verify
@@ -33,6 +35,9 @@ SERVICES = (
     "lorafleet.registry.v1.AdapterService",
     "lorafleet.registry.v1.FileService",
 )
+
+# Bytes of blobs are read and written by threads of their own: a slow store holds up no record behind them.
+BLOB_THREADS = 8
 
 
 class Registry:
@@ -47,8 +52,10 @@ class Registry:
         writer = Writer(self._store, redis)
         self._catalogue = Catalogue(self._store, Index(redis), writer)
         self._tokens = TokenSource(self._store, writer)
+        self._transfers = Transfers(settings.max_transfers)
+        self._blob_threads = Threads(BLOB_THREADS, "blobs")
         self._scratch = Scratch(settings.scratch_dir or self._store.scratch_dir)
-        self._blobs = Blobs(self._store)
+        self._blobs = Blobs(self._store, self._blob_threads)
         self._bases = Bases(self._catalogue, limits)
         self._lookup = Lookup(self._catalogue)
         self._usage = Usage(self._catalogue, settings.quota_bytes)
@@ -77,11 +84,20 @@ class Registry:
                 usage=self._usage,
                 tokens=self._tokens,
                 scratch=self._scratch,
+                transfers=self._transfers,
             ),
             host.server,
         )
         file_pb2_grpc.add_FileServiceServicer_to_server(
-            FileServicer(self._files, self._uploads, self._blobs, self._tokens, self._limits, self._scratch),
+            FileServicer(
+                self._files,
+                self._uploads,
+                self._blobs,
+                self._tokens,
+                self._limits,
+                self._scratch,
+                self._transfers,
+            ),
             host.server,
         )
         collection = asyncio.create_task(
@@ -121,6 +137,7 @@ class Registry:
     async def close(self) -> None:
         """Close the connections to index and store."""
         await self._catalogue.close()
+        self._blob_threads.close()
         await asyncio.to_thread(self._store.close)
 
 

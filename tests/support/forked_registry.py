@@ -49,11 +49,25 @@ async def forked_registry(
 
 
 def peak_bytes(process: ForkServerProcess) -> int:
-    """The most memory that a process has held."""
+    """The most memory that a process has held, since `forget_peak` where that was called."""
+    return _status_bytes(process, "VmHWM")
+
+
+def resident_bytes(process: ForkServerProcess) -> int:
+    """The memory that a process holds."""
+    return _status_bytes(process, "VmRSS")
+
+
+def forget_peak(process: ForkServerProcess) -> None:
+    """Begin the peak of a process anew, with what it holds now."""
+    Path(f"/proc/{process.pid}/clear_refs").write_text("5", encoding="ascii")
+
+
+def _status_bytes(process: ForkServerProcess, name: str) -> int:
     for line in Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise AssertionError("no VmHWM")
+    raise AssertionError(f"no {name}")
 
 
 def _serve(place: Place, rule: str, collect_seconds: float | None, announce: Connection) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Protocol
 
 MAX_KEY_CHARS = 1024
-STREAM_CHUNK_BYTES = 1024 * 1024
+STREAM_CHUNK_BYTES = 256 * 1024
+RETRY_AFTER_SECONDS = 1.0
 
 # A segment never starts with a dot, so neither "..", nor the store's own hidden folders can be reached.
 _KEY = re.compile(r"[A-Za-z0-9_@=+-][A-Za-z0-9._@=+-]{0,199}(?:/[A-Za-z0-9_@=+-][A-Za-z0-9._@=+-]{0,199})*")

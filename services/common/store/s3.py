@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
+import hashlib
 import io
+import time
 from collections.abc import Iterable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
 import urllib3
 from minio import Minio
 from minio.error import MinioException, S3Error
+from urllib3.response import BaseHTTPResponse
 
 from services.common.errors import ResourceExhausted, Unavailable
 from services.common.store.interface import (
+    RETRY_AFTER_SECONDS,
     STREAM_CHUNK_BYTES,
     ObjectExistsError,
     ObjectNotFoundError,
@@ -23,9 +29,14 @@ from services.common.store.interface import (
     checked_prefix,
 )
 
-_PART_BYTES: Final = 8 * 1024 * 1024
+# What goes in parts is held in memory part by part, so parts are the smallest that S3 takes.
+_PART_BYTES: Final = 5 * 1024 * 1024
+_SINGLE_PUT_BYTES: Final = 5 * 1024**3
+_URL_LIFE: Final = datetime.timedelta(hours=1)
 _MISSING: Final = frozenset({"NoSuchKey", "NoSuchObject"})
 _OWNED: Final = frozenset({"BucketAlreadyOwnedByYou", "BucketAlreadyExists"})
+_TRY_AGAIN: Final = (429, 500, 502, 503, 504)
+_MAX_RETRY_AFTER_SECONDS: Final = 5
 _FULL: Final = frozenset({"XMinioStorageFull", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded"})
 _BAD_RANGE: Final = "InvalidRange"
 _CUT: Final = (urllib3.exceptions.ProtocolError, urllib3.exceptions.ReadTimeoutError)
@@ -51,7 +62,10 @@ class S3Store:
         secure: HTTPS instead of HTTP.
         region: spares the client a question per bucket.
         connect_timeout_seconds, read_timeout_seconds: how long one request may wait.
-        retries: how often a failed request is sent again; every request here is safe to repeat.
+        chunk_timeout_seconds: how long `STREAM_CHUNK_BYTES` of an answer may take; a store that trickles
+            would otherwise hold its reader for hours.
+        retries: how often a failed request is sent again, after a growing pause with jitter; every request
+            here is safe to repeat.
         connections: kept open at most.
     """
 
@@ -66,15 +80,26 @@ class S3Store:
         region: str = "us-east-1",
         connect_timeout_seconds: float = 5.0,
         read_timeout_seconds: float = 60.0,
+        chunk_timeout_seconds: float = 15.0,
         retries: int = 2,
         connections: int = 16,
     ) -> None:
         self._bucket = bucket
         self._retries = retries
+        self._chunk_timeout_seconds = chunk_timeout_seconds
         self._pool = urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=connect_timeout_seconds, read=read_timeout_seconds),
             maxsize=connections,
-            retries=urllib3.Retry(total=retries, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504]),
+            blocksize=STREAM_CHUNK_BYTES,
+            retries=urllib3.Retry(
+                total=retries,
+                allowed_methods=None,
+                status_forcelist=_TRY_AGAIN,
+                raise_on_status=False,
+                backoff_factor=0.2,
+                backoff_jitter=0.2,
+                retry_after_max=_MAX_RETRY_AFTER_SECONDS,
+            ),
         )
         self._client = Minio(
             endpoint, access_key, secret_key, secure=secure, region=region, http_client=self._pool
@@ -105,7 +130,7 @@ class S3Store:
                 self._client.put_object(self._bucket, key, io.BytesIO(data), len(data), part_size=_PART_BYTES)
             else:
                 reader = _ChunkReader(iter(data))
-                self._client.put_object(self._bucket, key, reader, -1, part_size=_PART_BYTES)
+                self._put_parts(key, reader, -1)
 
     def put_file(self, key: str, path: Path, *, if_absent: bool = False) -> None:
         """Store the bytes of the file at `path`; see `ObjectStore.put_file`."""
@@ -114,7 +139,10 @@ class S3Store:
         with path.open("rb") as file, _translated():
             size_bytes = file.seek(0, io.SEEK_END)
             file.seek(0)
-            self._client.put_object(self._bucket, key, file, size_bytes, part_size=_PART_BYTES)
+            if size_bytes <= _SINGLE_PUT_BYTES:
+                self._put_whole(key, file, size_bytes)
+            else:
+                self._put_parts(key, file, size_bytes)
 
     def move_file(self, key: str, path: Path) -> None:
         """Store the bytes of the file at `path`; see `ObjectStore.move_file`."""
@@ -141,6 +169,45 @@ class S3Store:
             else:
                 return
 
+    def _put_whole(self, key: str, file: io.BufferedReader, size_bytes: int) -> None:
+        """Send a file as one request, read as it is sent; the client's own call would hold it in memory.
+
+        The server compares what it got with the MD5.
+        """
+        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()
+        file.seek(0)
+        response = self._pool.urlopen(
+            "PUT",
+            self._client.presigned_put_object(self._bucket, key, expires=_URL_LIFE),
+            body=file,
+            headers={
+                "Content-Length": str(size_bytes),
+                "Content-MD5": base64.b64encode(digest).decode(),
+                "Content-Type": "application/octet-stream",
+            },
+        )
+        if response.status != HTTPStatus.OK:
+            raise S3Error.fromxml(response) if response.data else _unreachable(response.status)
+
+    def _put_parts(self, key: str, data: io.BufferedReader | _ChunkReader, size_bytes: int) -> None:
+        self._client.put_object(
+            self._bucket, key, data, size_bytes, part_size=_PART_BYTES, num_parallel_uploads=1
+        )
+
+    def _chunks(self, response: BaseHTTPResponse) -> Iterator[bytes]:
+        while True:
+            pieces: list[bytes] = []
+            missing_bytes = STREAM_CHUNK_BYTES
+            deadline = time.monotonic() + self._chunk_timeout_seconds
+            while missing_bytes > 0 and (piece := response.read1(missing_bytes)):
+                pieces.append(piece)
+                missing_bytes -= len(piece)
+                if time.monotonic() > deadline:
+                    raise _too_slow(self._chunk_timeout_seconds)
+            if not pieces:
+                return
+            yield pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
     def _stream_once(self, key: str, offset: int, length: int | None) -> Iterator[bytes]:
         # To the client, length 0 means "to the end".
         if length == 0:
@@ -154,7 +221,7 @@ class S3Store:
                     return
                 raise
             try:
-                yield from response.stream(STREAM_CHUNK_BYTES)
+                yield from self._chunks(response)
             finally:
                 response.close()
                 response.release_conn()
@@ -239,7 +306,9 @@ def _translated(key: str | None = None) -> Iterator[None]:
             raise ResourceExhausted("storage_full", message, resource="object store") from error
         explanation = _EXPLAINED.get(error.code)
         message = f"The object store answered {error.code}" + (f": {explanation}." if explanation else ".")
-        raise Unavailable("store_unavailable", message, resource="object store") from error
+        raise Unavailable(
+            "store_unavailable", message, resource="object store", retry_after_seconds=RETRY_AFTER_SECONDS
+        ) from error
     except _CUT as error:
         if key is not None:
             # A stream goes on from where it was cut.
@@ -249,6 +318,16 @@ def _translated(key: str | None = None) -> Iterator[None]:
         raise _unreachable(error) from error
 
 
-def _unreachable(error: Exception) -> Unavailable:
-    message = f"The object store cannot be reached ({type(error).__name__})."
-    return Unavailable("store_unavailable", message, resource="object store")
+def _unreachable(error: Exception | int) -> Unavailable:
+    what = f"HTTP {error}" if isinstance(error, int) else type(error).__name__
+    message = f"The object store cannot be reached ({what})."
+    return Unavailable(
+        "store_unavailable", message, resource="object store", retry_after_seconds=RETRY_AFTER_SECONDS
+    )
+
+
+def _too_slow(seconds: float) -> Unavailable:
+    message = f"The object store sent less than {STREAM_CHUNK_BYTES} bytes in {seconds:g} s."
+    return Unavailable(
+        "store_unavailable", message, resource="object store", retry_after_seconds=RETRY_AFTER_SECONDS
+    )

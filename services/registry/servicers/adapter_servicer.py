@@ -21,6 +21,7 @@ from services.registry.publishing import Incoming
 from services.registry.scratch import Scratch
 from services.registry.servicers.chunks import check_chunk, length_or_all
 from services.registry.token_secret import TokenSource
+from services.registry.transfers import Transfers
 from services.registry.uninterrupted import in_thread
 from services.registry.usage import Usage
 from services.registry.watching import Watching
@@ -43,6 +44,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         usage: Usage,
         tokens: TokenSource,
         scratch: Scratch,
+        transfers: Transfers,
     ) -> None:
         self._lookup = lookup
         self._adapters = adapters
@@ -52,6 +54,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         self._usage = usage
         self._tokens = tokens
         self._scratch = scratch
+        self._transfers = transfers
 
     async def PublishVersion(  # noqa: N802
         self,
@@ -67,13 +70,14 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
                 self._scratch.folder() as folder,
                 contextlib.closing(Incoming(publication, folder)) as incoming,
             ):
-                async for request in request_iterator:
-                    if request.WhichOneof("message") != "chunk":
-                        raise InvalidArgument(
-                            "bad_stream", "After the header only chunks may follow.", field="message"
-                        )
-                    check_chunk(request.chunk.data)
-                    await in_thread(incoming.write, request.chunk.file, request.chunk.data)
+                async with contextlib.aclosing(self._transfers.incoming(request_iterator)) as requests:
+                    async for request in requests:
+                        if request.WhichOneof("message") != "chunk":
+                            raise InvalidArgument(
+                                "bad_stream", "After the header only chunks may follow.", field="message"
+                            )
+                        check_chunk(request.chunk.data)
+                        await in_thread(incoming.write, request.chunk.file, request.chunk.data)
                 version = await self._adapters.publish(tenant, publication, incoming)
         return convert.version_to_message(version)
 
@@ -135,8 +139,10 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         """See adapter.proto."""
         ref = AdapterRef.parse(request.ref, field="ref")
         version = await self._lookup.resolve(current_tenant(), ref)
-        pieces = self._adapters.download(
-            version, request.file, offset=request.offset, length=length_or_all(request.length)
+        pieces = self._transfers.outgoing(
+            self._adapters.download(
+                version, request.file, offset=request.offset, length=length_or_all(request.length)
+            )
         )
         async with contextlib.aclosing(pieces):
             async for offset, data in pieces:

@@ -18,6 +18,7 @@ from services.registry.files import Files
 from services.registry.scratch import Scratch
 from services.registry.servicers.chunks import check_chunk, length_or_all
 from services.registry.token_secret import TokenSource
+from services.registry.transfers import Transfers
 from services.registry.uninterrupted import in_thread
 from services.registry.uploads import Uploads, checked_digest
 
@@ -33,6 +34,7 @@ class FileServicer(file_pb2_grpc.FileServiceServicer):
         tokens: TokenSource,
         limits: RegistryLimits,
         scratch: Scratch,
+        transfers: Transfers,
     ) -> None:
         self._files = files
         self._uploads = uploads
@@ -40,6 +42,7 @@ class FileServicer(file_pb2_grpc.FileServiceServicer):
         self._tokens = tokens
         self._limits = limits
         self._scratch = scratch
+        self._transfers = transfers
 
     async def CreateFile(  # noqa: N802
         self,
@@ -52,13 +55,14 @@ class FileServicer(file_pb2_grpc.FileServiceServicer):
         with self._scratch.folder() as folder:
             upload = Upload(folder / "data", max_bytes=self._limits.max_file_bytes, field="data")
             with contextlib.closing(upload):
-                async for request in request_iterator:
-                    if request.WhichOneof("message") != "data":
-                        raise InvalidArgument(
-                            "bad_stream", "After the header only bytes may follow.", field="message"
-                        )
-                    check_chunk(request.data)
-                    await in_thread(upload.write, request.data)
+                async with contextlib.aclosing(self._transfers.incoming(request_iterator)) as requests:
+                    async for request in requests:
+                        if request.WhichOneof("message") != "data":
+                            raise InvalidArgument(
+                                "bad_stream", "After the header only bytes may follow.", field="message"
+                            )
+                        check_chunk(request.data)
+                        await in_thread(upload.write, request.data)
                 record = await self._files.create(
                     tenant, filename, purpose, upload, declared_digest=declared_digest
                 )
@@ -92,11 +96,13 @@ class FileServicer(file_pb2_grpc.FileServiceServicer):
     ) -> AsyncIterator[file_pb2.DownloadFileResponse]:
         """See file.proto."""
         record = await self._files.get(current_tenant(), request.file_id)
-        pieces = self._blobs.stream(
-            record.digest,
-            size_bytes=record.size_bytes,
-            offset=request.offset,
-            length=length_or_all(request.length),
+        pieces = self._transfers.outgoing(
+            self._blobs.stream(
+                record.digest,
+                size_bytes=record.size_bytes,
+                offset=request.offset,
+                length=length_or_all(request.length),
+            )
         )
         async with contextlib.aclosing(pieces):
             async for offset, data in pieces:
@@ -131,11 +137,12 @@ class FileServicer(file_pb2_grpc.FileServiceServicer):
         async with self._uploads.appending(current_tenant(), first.upload_id) as appender:
             check_chunk(first.data)
             await appender.add(first.offset, first.data)
-            async for request in request_iterator:
-                if request.upload_id not in ("", first.upload_id):
-                    raise InvalidArgument("bad_stream", "A stream serves one upload.", field="upload_id")
-                check_chunk(request.data)
-                await appender.add(request.offset, request.data)
+            async with contextlib.aclosing(self._transfers.incoming(request_iterator)) as requests:
+                async for request in requests:
+                    if request.upload_id not in ("", first.upload_id):
+                        raise InvalidArgument("bad_stream", "A stream serves one upload.", field="upload_id")
+                    check_chunk(request.data)
+                    await appender.add(request.offset, request.data)
             await appender.commit()
             return convert.upload_to_message(appender.session, appender.committed_bytes)
 
