@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from services.common.errors import FailedPrecondition
+from services.common.errors import FailedPrecondition, Unimplemented
 from services.inference.adapters.cache import AdapterCache, CacheBudget
 from services.inference.adapters.device_budget import DeviceBudget
 from services.inference.adapters.disk import DiskTier, Fetcher
@@ -18,6 +18,7 @@ from services.inference.engine.engine import Engine
 from services.inference.engine.policy import FairShare, FirstCome, QueuePolicy
 from services.inference.engine.request import RequestLimits
 from services.inference.engine.runner import Runner
+from services.inference.kernels.library import Kernels, load_kernels
 from services.inference.model.attention import AttentionStep, PrefillSpan
 from services.inference.model.kv import KvShape, PagedKv
 from services.inference.model.loader import BaseModel, load_base
@@ -33,7 +34,7 @@ def build_engine(config: EngineConfig, fetcher: Fetcher) -> Engine:
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     device = config.torch_device
-    base = load_base(config.base_path, config.base_quantization, device)
+    base = load_base(config.base_path, config.base_quantization, device, _kernels(config))
     budget = config.device_budget
     kv = _allocate_kv(config, base, budget)
     _run_once(base, kv)
@@ -57,11 +58,17 @@ def build_engine(config: EngineConfig, fetcher: Fetcher) -> Engine:
         BlockPool(kv, config.block_size, budget, is_caching=config.enable_prefix_cache),
         _policy(config),
         adapters,
-        StackCache(config.adapter_stack_bytes),
+        None if base.binding.kernel is not None else StackCache(config.adapter_stack_bytes),
         RequestLimits(_max_model_len(config, base, kv), base.vocab_size),
         max_batch_tokens=config.max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
     )
+
+
+def _kernels(config: EngineConfig) -> Kernels | None:
+    """Compile the kernels, or load what was compiled before, where they are wanted and serve."""
+    wanted = config.kernels == "auto" and config.torch_device.type == "cpu"
+    return load_kernels() if wanted else None
 
 
 def _policy(config: EngineConfig) -> QueuePolicy:
@@ -94,7 +101,11 @@ def _own_blocks(config: EngineConfig, kv: PagedKv) -> int:
 
 
 def _run_once(base: BaseModel, kv: PagedKv) -> None:
-    """Run one token, so that an architecture we cannot serve is refused now, not by the first request."""
+    """Run one token, so that an architecture we cannot serve is refused now, not by the first request.
+
+    Raises:
+        Unimplemented: `attention_feature_unsupported`, also where a layer does not attend through the pages.
+    """
     zero = torch.zeros(1, dtype=torch.long, device=base.device)
     span = PrefillSpan(start=0, length=1, context=0, table=zero[None])
     batch = Batch(
@@ -107,6 +118,15 @@ def _run_once(base: BaseModel, kv: PagedKv) -> None:
         logit_spans=(),
     )
     Runner(base).run(batch)
+    layers = batch.attention.layers
+    if layers != set(range(kv.shape.layers)):
+        name = type(base.model).__name__
+        raise Unimplemented(
+            "attention_feature_unsupported",
+            f"{len(layers)} of the {kv.shape.layers} layers of {name} have an attention that is served.",
+            field="base",
+            value=name,
+        )
 
 
 def _max_model_len(config: EngineConfig, base: BaseModel, kv: PagedKv) -> int:

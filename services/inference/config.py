@@ -42,7 +42,10 @@ class EngineConfig(BaseSettings):
         adapter_device_bytes: device memory of adapters, which grow into what the KV cache leaves idle.
         device_own_share: fraction of each of the two that the other never takes; 1 is a fixed boundary, which
             it always is on a GPU.
-        adapter_stack_bytes: device memory of copies of adapters that decode together.
+        kernels: `auto` for kernels compiled on this host where they serve (float32 on a CPU with a C
+            compiler), `torch` for their torch forms only.
+        adapter_stack_bytes: device memory of copies of adapters that decode together; the compiled kernels
+            need none.
         adapter_host_bytes: host memory of adapters.
         adapter_disk_bytes: disk space of fetched adapters.
         adapter_cache_path: folder of fetched adapters.
@@ -72,6 +75,7 @@ class EngineConfig(BaseSettings):
     enable_prefix_cache: bool = True
     adapter_device_bytes: Bytes = 256 * MIB
     device_own_share: Annotated[float, Field(ge=0, le=1)] = 0.25
+    kernels: Literal["auto", "torch"] = "auto"
     adapter_stack_bytes: Bytes = 128 * MIB
     adapter_host_bytes: Bytes = 1024 * MIB
     adapter_disk_bytes: Bytes = 8192 * MIB

@@ -146,7 +146,8 @@ def _pair(module: LoraModule, tensors: _Tensors, targets: LoraTargets, dtype: to
         shift = _shift(module, tensors, targets)
     return LoraPair(
         a.to(dtype),
-        b.to(dtype),
+        # Stored as its transpose, in whose order the kernels and the library's products read it.
+        b.T.contiguous().to(dtype).T,
         None if gain is None else gain.to(dtype),
         None if shift is None else shift.to(dtype),
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from services.inference.adapters.ends import EmbeddingRows, HeadRows
 from services.inference.adapters.ops import AdapterGroup, AdapterStack
 from services.inference.adapters.slots import StackCache
+from services.inference.adapters.tables import AdapterRows
 from services.inference.adapters.weights import AdapterWeights
 from services.inference.engine.scheduler import Chunk
 from services.inference.engine.sequence import Sequence
@@ -44,7 +45,9 @@ class Batch:
     Attributes:
         input_ids: [1, tokens].
         position_ids: [1, tokens].
+        adapter_groups: what the torch forms of the linear layers take; empty where the kernels run.
         logit_rows: [rows] the tokens whose logits are wanted.
+        adapter_rows: what the kernels take.
     """
 
     chunks: Items[Chunk]
@@ -56,10 +59,14 @@ class Batch:
     logit_spans: Items[LogitSpan]
     embedding_rows: tuple[EmbeddingRows, ...] = ()
     head_rows: tuple[HeadRows, ...] = ()
+    adapter_rows: tuple[AdapterRows, ...] = ()
 
 
-def build_batch(chunks: Items[Chunk], kv: PagedKv, stacks: StackCache, device: torch.device) -> Batch:
-    """Lay the chunks out as one flat batch and find the rows of each adapter, once for all layers."""
+def build_batch(chunks: Items[Chunk], kv: PagedKv, stacks: StackCache | None, device: torch.device) -> Batch:
+    """Lay the chunks out as one flat batch and find the rows of each adapter, once for all layers.
+
+    Without `stacks` adapters are not grouped for the torch forms.
+    """
     decodes = [chunk for chunk in chunks if chunk.length == 1]
     prefills = sorted((chunk for chunk in chunks if chunk.length > 1), key=_adapter_key)
     runs = _runs(decodes)
@@ -85,11 +92,12 @@ def build_batch(chunks: Items[Chunk], kv: PagedKv, stacks: StackCache, device: t
         input_ids=torch.tensor([tokens], device=device),
         position_ids=torch.tensor([positions], device=device),
         attention=attention,
-        adapter_groups=_adapter_groups(runs, prefills, stacks),
+        adapter_groups=() if stacks is None else _adapter_groups(runs, prefills, stacks),
         logit_rows=torch.tensor(logit_rows, dtype=torch.long, device=device),
         logit_spans=logit_spans,
         embedding_rows=_embedding_rows(ordered),
         head_rows=_head_rows(logit_spans),
+        adapter_rows=_adapter_rows(ordered),
     )
 
 
@@ -162,6 +170,18 @@ def _weights(chunk: Chunk) -> AdapterWeights:
     weights = chunk.sequence.adapter
     assert weights is not None, "a sequence runs without its adapter"
     return weights
+
+
+def _adapter_rows(ordered: list[Chunk]) -> tuple[AdapterRows, ...]:
+    found = []
+    row = 0
+    for key, items in groupby(ordered, _adapter_key):
+        same = list(items)
+        end = row + sum(chunk.length for chunk in same)
+        if key:
+            found.append(AdapterRows(row, end, _weights(same[0])))
+        row = end
+    return tuple(found)
 
 
 def _embedding_rows(ordered: list[Chunk]) -> tuple[EmbeddingRows, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,8 @@ class Runner:
         """
         binding = self._base.binding
         binding.groups = batch.adapter_groups
+        if binding.kernel is not None:
+            binding.kernel.begin(batch.adapter_rows)
         binding.embedding_rows = batch.embedding_rows
         binding.head_rows = batch.head_rows
         try:
@@ -34,7 +38,7 @@ class Runner:
                 position_ids=batch.position_ids,
                 use_cache=False,
                 logits_to_keep=batch.logit_rows,
-                step=batch.attention,
+                step=replace(batch.attention, kernel=self._base.attention),
             )
         finally:
             binding.clear()

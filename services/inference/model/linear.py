@@ -9,6 +9,7 @@ from services.common.errors import Unimplemented
 from services.inference.adapters.ends import EmbeddingRows, HeadRows, add_embedding, apply_head
 from services.inference.adapters.ops import AdapterGroup, add_lora
 from services.inference.adapters.targets import LoraTargets
+from services.inference.kernels.linear import KernelLinear
 from services.inference.model.values import ModelValues
 
 
@@ -20,9 +21,12 @@ class StepBinding:
         groups: of the decoder's layers, by token.
         embedding_rows: of the input embedding, by token.
         head_rows: of the output head, by row of logits.
+        kernel: what computes the linear layers in place of their torch forms, where there is one; it knows
+            the rows' adapters itself.
     """
 
     def __init__(self) -> None:
+        self.kernel: KernelLinear | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -30,6 +34,8 @@ class StepBinding:
         self.groups: tuple[AdapterGroup, ...] = ()
         self.embedding_rows: tuple[EmbeddingRows, ...] = ()
         self.head_rows: tuple[HeadRows, ...] = ()
+        if self.kernel is not None:
+            self.kernel.end()
 
 
 class LoraLinear(nn.Module):
@@ -59,13 +65,15 @@ class LoraHead(nn.Module):
 
     def __init__(self, base: nn.Linear, binding: StepBinding) -> None:
         super().__init__()
-        self.base = base
+        self.base: nn.Module = base
         self._binding = binding
 
     @property
     def weight(self) -> Tensor:
         """The base's weight, which some models tie to their embedding."""
-        return self.base.weight
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [1, rows, hidden] to logits [1, rows, vocabulary]."""

@@ -12,13 +12,20 @@ from services.common.base_loading import load_base_model, torch_dtype
 from services.common.errors import FailedPrecondition
 from services.common.fingerprint import Quantization
 from services.inference.adapters.targets import LoraTargets
+from services.inference.kernels.attention import KernelAttention
+from services.inference.kernels.library import Kernels
 from services.inference.model.attention import ATTENTION_NAME
+from services.inference.model.kernel_linear import install_kernels, kernels_serve
 from services.inference.model.linear import StepBinding, install_lora
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """The loaded base: the model with its seams in place, and its tokenizer."""
+    """The loaded base: the model with its seams in place, and its tokenizer.
+
+    Attributes:
+        attention: the kernel of decoding sequences, where the compiled kernels run.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -26,6 +33,7 @@ class BaseModel:
     targets: LoraTargets
     dtype: torch.dtype
     device: torch.device
+    attention: KernelAttention | None = None
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -48,8 +56,12 @@ class BaseModel:
         return int(self.model.config.get_text_config().max_position_embeddings)
 
 
-def load_base(path: Path, quantization: Quantization, device: torch.device) -> BaseModel:
+def load_base(
+    path: Path, quantization: Quantization, device: torch.device, kernels: Kernels | None = None
+) -> BaseModel:
     """Load the transformers folder `path` for serving, with our attention and linear seams in place.
+
+    With `kernels` they do what they can; the torch forms do the rest.
 
     Raises:
         FailedPrecondition: `base_missing`, or `tokenizer_not_fast` for a tokenizer without a tokenizer.json.
@@ -61,4 +73,9 @@ def load_base(path: Path, quantization: Quantization, device: torch.device) -> B
             "tokenizer_not_fast", "The base model has no tokenizer.json.", field="base_path", value=str(path)
         )
     binding, targets = install_lora(model)
-    return BaseModel(model, tokenizer, binding, targets, torch_dtype(quantization), device)
+    dtype = torch_dtype(quantization)
+    attention = None
+    if kernels is not None and kernels_serve(dtype, device):
+        install_kernels(model, binding, kernels)
+        attention = KernelAttention(kernels)
+    return BaseModel(model, tokenizer, binding, targets, dtype, device, attention)

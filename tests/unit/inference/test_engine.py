@@ -299,7 +299,7 @@ def test_base_rows_and_base_batches_do_no_adapter_work(
     run = engine._runner.run
 
     def watched(batch: Any) -> Any:
-        widths.append(sum(group.end - group.start for group in batch.adapter_groups))
+        widths.append(sum(rows.end - rows.start for rows in batch.adapter_rows))
         return run(batch)
 
     monkeypatch.setattr(engine._runner, "run", watched)
