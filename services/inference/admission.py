@@ -61,14 +61,14 @@ class Admission:
         Raises:
             LorafleetError: as `InferenceService.Generate` says.
         """
-        validation.check_priority(message)
+        priority = validation.priority(message)
         params = validation.sampling_params(message.sampling, vocab_size=self._limits.vocab_size)
         wanted = validation.constraint(message.sampling)
         prompt = await self.encode_prompt(message)
         validation.check_room(params, len(prompt), max_model_len=self._limits.max_model_len)
         source = await self.resolve(message.model)
         constraint = None if wanted is None else await self._constraints.compile(*wanted)
-        return Admitted(self._request(prompt, params, source, constraint), source)
+        return Admitted(self._request(prompt, params, source, priority, constraint), source)
 
     async def score(self, message: ScoreRequest) -> AdmittedScore:
         """Admit the completions to score; their tokens follow the prompt's, encoded by themselves.
@@ -131,6 +131,7 @@ class Admission:
         prompt: list[int],
         params: SamplingParams,
         source: AdapterSource | None,
+        priority: int = 0,
         constraint: Constraint | None = None,
     ) -> Request:
         remaining_seconds = call_context.remaining_seconds()
@@ -140,6 +141,8 @@ class Admission:
             sampling=params,
             adapter_digest=None if source is None else source.digest,
             deadline_seconds=None if remaining_seconds is None else time.monotonic() + remaining_seconds,
+            tenant=call_context.current_tenant(),
+            priority=priority,
             constraint=constraint,
         )
 

@@ -50,16 +50,15 @@ def sampling_params(message: SamplingMessage, *, vocab_size: int) -> SamplingPar
     return params
 
 
-def check_priority(request: GenerateRequest) -> None:
-    """Refuse what is out of range, and every priority but the default: requests run first come, first served.
+def priority(request: GenerateRequest) -> int:
+    """Return the request's priority among those of its tenant.
 
     Raises:
-        InvalidArgument: `invalid_value` or `unsupported_parameter`.
+        InvalidArgument: `invalid_value`.
     """
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
         raise _invalid("priority", request.priority, f"-{MAX_PRIORITY} to {MAX_PRIORITY}")
-    if request.priority != 0:
-        raise _unsupported("priority", "Requests run first come, first served; leave priority at 0.")
+    return request.priority
 
 
 def constraint(message: SamplingMessage) -> tuple[ConstraintKind, str] | None:

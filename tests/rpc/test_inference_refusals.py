@@ -52,8 +52,8 @@ def tokens(*token_ids: int) -> messages.GenerateRequest:
 BAD: dict[str, tuple[messages.GenerateRequest, str, str | None]] = {
     "68 constraint and stop": (request(regex="a+", stop=["b"]), "invalid_value", "sampling.stop"),
     "68 priority": (
-        messages.GenerateRequest(model=BASE, text="x", priority=3),
-        "unsupported_parameter",
+        messages.GenerateRequest(model=BASE, text="x", priority=101),
+        "invalid_value",
         "priority",
     ),
     "69 unknown": (request(adapter="nobody"), "adapter_not_found", None),

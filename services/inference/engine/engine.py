@@ -9,6 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from services.inference.adapters.slots import StackCache
 from services.inference.engine.batch import Batch, build_batch
 from services.inference.engine.blocks import BlockPool
 from services.inference.engine.events import FinishReason, TokenEvent, TokenLogprob
+from services.inference.engine.isolation import Computed, run_isolated
 from services.inference.engine.policy import QueuePolicy
 from services.inference.engine.request import Request, RequestLimits
 from services.inference.engine.runner import Runner
@@ -73,7 +75,7 @@ class Engine:
         blocks: BlockPool,
         policy: QueuePolicy,
         adapters: AdapterCache,
-        stacks: StackCache,
+        stacks: StackCache | None,
         limits: RequestLimits,
         *,
         max_batch_tokens: int,
@@ -96,6 +98,13 @@ class Engine:
         self._live: dict[str, list[Sequence]] = {}
         self._stats = EngineStats()
         self._throughput = Throughput()
+        self._max_batch_tokens = max_batch_tokens
+        self._faults_in_a_row = 0
+
+    @property
+    def faults_in_a_row(self) -> int:
+        """Steps of late of which nothing succeeded."""
+        return self._faults_in_a_row
 
     @property
     def has_work(self) -> bool:
@@ -150,22 +159,24 @@ class Engine:
         return [self._failed(sequence, error) for sequence in list(self._scheduler.running)]
 
     def step(self) -> list[TokenEvent]:
-        """Do one step for every sequence that can run, and return what it produced."""
+        """Do one step for every sequence that can run, and return what it produced.
+
+        Raises:
+            DeviceLost: nothing can be computed any more.
+        """
         started = time.monotonic()
         events = self._end_hopeless()
         chunks = self._scheduler.schedule()
         if chunks:
             self._note_waits(chunks)
-            batch = build_batch(chunks, self._kv, self._stacks, self._base.device)
-            logits = self._runner.run(batch)
-            self._scheduler.mark_computed(batch.chunks)
-            self._collect_prompt_logprobs(batch, logits)
-            events += self._choose_tokens(batch, logits)
-            self._stats.steps += 1
-            step_seconds = time.monotonic() - started
-            self._stats.step_seconds += step_seconds
-            self._throughput.stepped(sum(chunk.length for chunk in chunks), step_seconds)
-            self._blocks.seconds_per_token = self._throughput.seconds_per_token
+            outcome = run_isolated(chunks, self._run, self._runner.recover)
+            for computed in outcome.computed:
+                self._scheduler.mark_computed(computed.batch.chunks)
+                self._collect_prompt_logprobs(computed.batch, computed.logits)
+                events += self._choose_tokens(computed.batch, computed.logits)
+            events += [self._failed(chunk.sequence, _step_failed(error)) for chunk, error in outcome.failed]
+            self._faults_in_a_row = 0 if outcome.computed else self._faults_in_a_row + 1
+            self._measure(sum(chunk.length for chunk in chunks), time.monotonic() - started)
         return events
 
     def stats(self) -> EngineStats:
@@ -192,6 +203,16 @@ class Engine:
             seconds_per_request=self._throughput.seconds_per_request(self._clock()),
         )
 
+    def _run(self, chunks: Items[Chunk]) -> Computed:
+        batch = build_batch(chunks, self._kv, self._stacks, self._base.device)
+        return Computed(batch, self._runner.run(batch))
+
+    def _measure(self, num_tokens: int, step_seconds: float) -> None:
+        self._stats.steps += 1
+        self._stats.step_seconds += step_seconds
+        self._throughput.stepped(num_tokens, step_seconds)
+        self._blocks.seconds_per_token = self._throughput.seconds_per_token
+
     def _new_sequence(self, request: Request, index: int) -> Sequence:
         sampling = request.sampling
         return Sequence(
@@ -206,20 +227,32 @@ class Engine:
         )
 
     def _end_hopeless(self) -> list[TokenEvent]:
-        """End the sequences whose deadline has passed or whose adapter cannot be loaded."""
-        events = []
+        """End the sequences that cannot be done in time or whose adapter cannot be loaded."""
         now = self._clock()
-        for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
-            deadline = sequence.request.deadline_seconds
-            lease: Lease | None = self._scheduler.lease_of(sequence)
-            if deadline is not None and now >= deadline:
-                late = DeadlineExceeded(
-                    "deadline_exceeded", "The request's deadline passed before it was done."
-                )
-                events.append(self._failed(sequence, late))
-            elif lease is not None and lease.error is not None:
-                events.append(self._failed(sequence, lease.error))
-        return events
+        sequences = [*self._scheduler.running, *self._scheduler.waiting]
+        hopeless = [(sequence, self._why_hopeless(sequence, now)) for sequence in sequences]
+        return [self._failed(sequence, error) for sequence, error in hopeless if error is not None]
+
+    def _why_hopeless(self, sequence: Sequence, now: float) -> LorafleetError | None:
+        lease: Lease | None = self._scheduler.lease_of(sequence)
+        if lease is not None and lease.error is not None:
+            return lease.error
+        deadline = sequence.request.deadline_seconds
+        if deadline is None:
+            return None
+        if now >= deadline:
+            return DeadlineExceeded("deadline_exceeded", "The request's deadline passed before it was done.")
+        if sequence.phase is Phase.WAITING and now + self._least_seconds(sequence) > deadline:
+            return DeadlineExceeded(
+                "deadline_unreachable",
+                "Computing the prompt takes longer than the time left before the request's deadline.",
+            )
+        return None
+
+    def _least_seconds(self, sequence: Sequence) -> float:
+        """Return the least time to the next token of a waiting sequence, as far as is known."""
+        known = self._blocks.count_known(sequence.chain, sequence.token_ids)
+        return self._throughput.least_seconds(len(sequence.token_ids) - known, self._max_batch_tokens)
 
     def _note_waits(self, chunks: list[Chunk]) -> None:
         now = self._clock()
@@ -343,6 +376,10 @@ class Engine:
             del self._live[request_id]
             self._scheduler.release(request_id)
             self._throughput.finished(self._clock())
+
+
+def _step_failed(error: Exception) -> LorafleetError:
+    return Internal("engine_step_failed", f"The engine's step failed: {type(error).__name__}.")
 
 
 def _prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprob, ...] | None:

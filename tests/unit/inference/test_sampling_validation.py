@@ -127,15 +127,16 @@ def test_a_constraint_alone_decides_where_to_end(name: str) -> None:
         assert (caught.value.reason, caught.value.field) == ("invalid_value", f"sampling.{next(iter(other))}")
 
 
-def test_priority_is_refused_and_its_range_checked() -> None:
-    validation.check_priority(GenerateRequest())
+def test_a_priority_is_within_its_range() -> None:
+    assert [validation.priority(GenerateRequest(priority=priority)) for priority in (-100, 0, 100)] == [
+        -100,
+        0,
+        100,
+    ]
     for priority in (101, -101):
         with pytest.raises(InvalidArgument) as invalid:
-            validation.check_priority(GenerateRequest(priority=priority))
+            validation.priority(GenerateRequest(priority=priority))
         assert (invalid.value.reason, invalid.value.field) == ("invalid_value", "priority")
-    with pytest.raises(InvalidArgument) as unsupported:
-        validation.check_priority(GenerateRequest(priority=1))
-    assert (unsupported.value.reason, unsupported.value.field) == ("unsupported_parameter", "priority")
 
 
 @pytest.mark.parametrize(
