@@ -21,6 +21,8 @@ from services.common.config import Address, ServiceSettings
 from services.common.errors import FailedPrecondition, LorafleetError
 from services.common.readiness import PROBE_INTERVAL_SECONDS, Probe, Readiness
 from services.common.rpc import CallInterceptor, DrainLayer, standard_layers
+from services.common.rpc.call import Layer
+from services.common.rpc.tenant import tenant_layer
 from services.common.telemetry import Telemetry
 from services.common.transport import KEEPALIVE, KeepAlive, server_options
 
@@ -43,7 +45,13 @@ class ServiceHost:
     """
 
     def __init__(
-        self, settings: ServiceSettings, services: Sequence[str], *, keepalive: KeepAlive = KEEPALIVE
+        self,
+        settings: ServiceSettings,
+        services: Sequence[str],
+        *,
+        keepalive: KeepAlive = KEEPALIVE,
+        caller: Layer = tenant_layer,
+        checks_callers: bool = False,
     ) -> None:
         """Build the server; nothing listens yet.
 
@@ -51,11 +59,14 @@ class ServiceHost:
             settings: where to listen and for how long calls may run.
             services: full names (`lorafleet.registry.v1.Registry`) for health and reflection.
             keepalive: how clients that vanished are found.
+            caller: the layer that finds out for whom a call is.
+            checks_callers: whether it asks for a secret; then TLS without client certificates will do beyond
+                loopback.
 
         Raises:
             FailedPrecondition: `insecure_bind`, where others could reach a server that trusts its callers.
         """
-        _check_bind(settings)
+        _check_bind(settings, checks_callers=checks_callers)
         self._settings = settings
         self._services = tuple(services)
         self._readiness = Readiness(services)
@@ -71,6 +82,7 @@ class ServiceHost:
                         unary_timeout_seconds=settings.unary_timeout_seconds,
                         stream_timeout_seconds=settings.stream_timeout_seconds,
                         drain=self._drain,
+                        caller=caller,
                     )
                 )
             ],
@@ -220,8 +232,12 @@ def start_telemetry(service_name: str, settings: ServiceSettings) -> Telemetry:
     return Telemetry(service_name, settings.otlp_endpoint, address)
 
 
-def _check_bind(settings: ServiceSettings) -> None:
+def _check_bind(settings: ServiceSettings, *, checks_callers: bool) -> None:
     if settings.address.is_loopback or settings.insecure_bind or security(settings) == "mutual_tls":
+        return
+    if checks_callers:
+        if security(settings) == "plaintext":
+            raise _refused_bind(settings, "listen", settings.address, "keys would travel in plain text")
         return
     trust = "this server trusts whoever calls it; use mutual TLS (TLS_CLIENT_CA_FILE)"
     raise _refused_bind(settings, "listen", settings.address, trust)

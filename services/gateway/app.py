@@ -18,6 +18,7 @@ from services.gateway.config import GatewaySettings
 from services.gateway.errors import ClientGoneError
 from services.gateway.keys import KeyRing
 from services.gateway.request_boundary import RequestBoundary
+from services.gateway.rpc_door import rpc_door
 from services.gateway.served_base import ServedBase
 from services.gateway.state import Gateway
 from services.gateway.uploads import UploadSpace
@@ -45,14 +46,17 @@ def create_app(settings: GatewaySettings, store: ObjectStore) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         upstream = Upstream(settings)
+        keys = KeyRing(store, settings.key_pepper.get_secret_value(), settings.key_cache_seconds)
         app.state.gateway = Gateway(
             settings=settings,
             upstream=upstream,
-            keys=KeyRing(store, settings.key_pepper.get_secret_value(), settings.key_cache_seconds),
+            keys=keys,
             served_base=ServedBase(upstream.inference),
             uploads=UploadSpace(settings.max_file_bytes, settings.max_concurrent_uploads),
         )
-        yield
+        async with rpc_door(settings, keys, upstream) as door:
+            app.state.grpc_address = door.bound if door is not None else None
+            yield
         await upstream.close()
 
     # No generated pages: they would be routes without a key.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from starlette.requests import Request
 
@@ -23,7 +23,9 @@ def requires(scope: Scope | None = None) -> Callable[[Request], AsyncIterator[No
     """
 
     async def admit(request: Request) -> AsyncIterator[None]:
-        principal = await gateway_of(request).keys.authenticate(_bearer_token(request))
+        principal = await gateway_of(request).keys.authenticate(
+            bearer_token(request.headers.getlist("authorization"))
+        )
         request.state.tenant = principal.tenant
         if scope is not None and scope not in principal.scopes:
             raise PermissionDenied("permission_denied", f"this API key may not be used for {scope.value}")
@@ -33,9 +35,8 @@ def requires(scope: Scope | None = None) -> Callable[[Request], AsyncIterator[No
     return admit
 
 
-def _bearer_token(request: Request) -> str | None:
-    """Return the one bearer token of a request; two headers count as none."""
-    headers = request.headers.getlist("authorization")
+def bearer_token(headers: Sequence[str]) -> str | None:
+    """Return the one bearer token in the `authorization` headers of a request; two headers count as none."""
     if len(headers) != 1:
         return None
     scheme, _, token = headers[0].partition(" ")

@@ -19,6 +19,9 @@ class GatewaySettings(StoreSettings, PeerSettings, ServiceSettings):
 
     listen: ListenAddress = "127.0.0.1:8000"
 
+    grpc_listen: ListenAddress | None = None
+    """Where gRPC clients are served, with the same keys; not at all when absent."""
+
     registry_target: ListenAddress = "127.0.0.1:7101"
     trainer_target: ListenAddress = "127.0.0.1:7102"
     inference_target: ListenAddress = "127.0.0.1:7103"

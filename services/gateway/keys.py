@@ -44,6 +44,7 @@ class Scope(enum.StrEnum):
     FILES = "files"
     FINE_TUNING = "fine_tuning"
     ADAPTERS = "adapters"
+    OPERATE = "operate"
 
 
 class KeyRecord(BaseModel):

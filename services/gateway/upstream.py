@@ -72,19 +72,25 @@ class Upstream:
         self.inference = InferenceServiceStub(inference)
         self._channels = {
             ADAPTER_SERVICE: registry,
+            BASE_MODEL_SERVICE: registry,
+            FILE_SERVICE: registry,
             TRAINER_SERVICE: trainer,
             INFERENCE_SERVICE: inference,
         }
 
+    def channel(self, service: str) -> grpc.aio.Channel:
+        """Return the channel to the service of this full name."""
+        return self._channels[service]
+
     async def health(self) -> dict[str, str]:
         """Return the health of each service: `serving`, `not_serving` or `unreachable`."""
-        names = list(self._channels)
+        names = [ADAPTER_SERVICE, TRAINER_SERVICE, INFERENCE_SERVICE]
         states = await asyncio.gather(*(self._state(name) for name in names))
         return {name.split(".")[1]: state for name, state in zip(names, states, strict=True)}
 
     async def close(self) -> None:
         """Close the channels; calls still running end at once."""
-        for channel in self._channels.values():
+        for channel in set(self._channels.values()):
             await channel.close(None)
 
     async def _state(self, service: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from pydantic import SecretStr
 
 from lorafleet.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
@@ -49,12 +50,18 @@ class GatewayUnderTest:
     trainer: FakeTrainer
     hosts: dict[str, ServiceHost]
     targets: dict[str, str]
+    app: FastAPI
     loop: asyncio.AbstractEventLoop
 
     def http(self, key: str | None = None, **options: Any) -> httpx.Client:
         """A plain HTTP client that sends a key."""
         headers = {"authorization": f"Bearer {key or self.key}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=WAIT_SECONDS, **options)
+
+    @property
+    def rpc_address(self) -> str:
+        """Where gRPC clients are served, with `grpc_listen` among the settings."""
+        return str(self.app.state.grpc_address)
 
     def new_key(self, tenant: str = "default", *scopes: Scope, lifetime_seconds: int | None = None) -> str:
         """Another key."""
@@ -138,9 +145,8 @@ async def _serve(
     )
     keys = KeyRing(store, PEPPER, cache_seconds=0)
     listener = bind(settings)
-    config = uvicorn.Config(
-        create_app(settings, store), http="h11", ws="none", lifespan="on", log_config=None
-    )
+    app = create_app(settings, store)
+    config = uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_config=None)
     server = _Server(config, started)
     ends.append(lambda: setattr(server, "should_exit", True))
     made.append(
@@ -154,6 +160,7 @@ async def _serve(
             trainer=trainer,
             hosts=hosts,
             targets=targets,
+            app=app,
             loop=asyncio.get_running_loop(),
         )
     )

@@ -1,6 +1,6 @@
 """The server side of every call: one interceptor and its layers, one concern per file.
 
-From the outside in: request id, trace, metrics, access log, errors, deadline, drain, tenant, then the method.
+From the outside in: request id, trace, metrics, access log, errors, deadline, drain, caller, then the method.
 """
 
 from __future__ import annotations
@@ -20,9 +20,16 @@ __all__ = ["CallInterceptor", "DrainLayer", "standard_layers"]
 
 
 def standard_layers(
-    *, unary_timeout_seconds: float, stream_timeout_seconds: float, drain: DrainLayer
+    *,
+    unary_timeout_seconds: float,
+    stream_timeout_seconds: float,
+    drain: DrainLayer,
+    caller: Layer = tenant_layer,
 ) -> tuple[Layer, ...]:
-    """Return the layers that every server of ours puts around every call, outermost first."""
+    """Return the layers that every server of ours puts around every call, outermost first.
+
+    `caller` finds out for whom a call is: behind the gateway by the tenant in its metadata.
+    """
     return (
         request_id_layer,
         tracing_layer,
@@ -31,5 +38,5 @@ def standard_layers(
         errors_layer,
         deadline_layer(unary_seconds=unary_timeout_seconds, stream_seconds=stream_timeout_seconds),
         drain.layer,
-        tenant_layer,
+        caller,
     )
