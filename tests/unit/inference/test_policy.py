@@ -269,7 +269,7 @@ def test_two_who_always_wait_are_served_alike(sizes: list[tuple[int, int]], plac
     """
     bench = fair(places=places)
     for tenant, (prompt, output) in zip("ab", sizes, strict=True):
-        for _ in range(steps + 5):
+        for _ in range(steps * places + 1):
             bench.add(tenant, prompt=prompt, output=output)
     for _ in range(steps):
         bench.step()
