@@ -458,7 +458,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     priority: _builtins.int
-    """Higher runs first, -100 to 100. Default 0."""
+    """Among the waiting requests of one tenant, higher runs first, -100 to 100; a lower one is passed over for a while at most. Default 0."""
     @_builtins.property
     def model(self) -> Global___ModelRef: ...
     @_builtins.property

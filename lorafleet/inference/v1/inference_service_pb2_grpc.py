@@ -109,7 +109,8 @@ class InferenceServiceServicer:
         Errors before Started: invalid_value, context_length_exceeded, bad_messages, no_chat_template, schema_too_complex, unsupported_regex,
         unsupported_grammar (INVALID_ARGUMENT; the last three also later, where a constraint grows too complex); adapter_not_found,
         version_not_found, alias_not_found, adapter_deleted (NOT_FOUND); base_revision_mismatch, rank_too_large (FAILED_PRECONDITION); queue_full
-        (RESOURCE_EXHAUSTED, with a retry delay); adapter_unavailable (UNAVAILABLE).
+        (RESOURCE_EXHAUSTED, with a retry delay); adapter_unavailable (UNAVAILABLE);
+        deadline_exceeded, and deadline_unreachable where the prompt alone takes longer than is left (DEADLINE_EXCEEDED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,8 @@ class InferenceServiceStub:
     Errors before Started: invalid_value, context_length_exceeded, bad_messages, no_chat_template, schema_too_complex, unsupported_regex,
     unsupported_grammar (INVALID_ARGUMENT; the last three also later, where a constraint grows too complex); adapter_not_found,
     version_not_found, alias_not_found, adapter_deleted (NOT_FOUND); base_revision_mismatch, rank_too_large (FAILED_PRECONDITION); queue_full
-    (RESOURCE_EXHAUSTED, with a retry delay); adapter_unavailable (UNAVAILABLE).
+    (RESOURCE_EXHAUSTED, with a retry delay); adapter_unavailable (UNAVAILABLE);
+    deadline_exceeded, and deadline_unreachable where the prompt alone takes longer than is left (DEADLINE_EXCEEDED).
     """
     Score: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.ScoreRequest, _inference_service_pb2.ScoreResponse]
     """Log-probabilities of given completions of one prompt, each encoded by itself and appended to the prompt's tokens. Errors: as Generate."""
@@ -77,7 +78,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Errors before Started: invalid_value, context_length_exceeded, bad_messages, no_chat_template, schema_too_complex, unsupported_regex,
     unsupported_grammar (INVALID_ARGUMENT; the last three also later, where a constraint grows too complex); adapter_not_found,
     version_not_found, alias_not_found, adapter_deleted (NOT_FOUND); base_revision_mismatch, rank_too_large (FAILED_PRECONDITION); queue_full
-    (RESOURCE_EXHAUSTED, with a retry delay); adapter_unavailable (UNAVAILABLE).
+    (RESOURCE_EXHAUSTED, with a retry delay); adapter_unavailable (UNAVAILABLE);
+    deadline_exceeded, and deadline_unreachable where the prompt alone takes longer than is left (DEADLINE_EXCEEDED).
     """
     Score: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.ScoreRequest, _inference_service_pb2.ScoreResponse]  # type: ignore[assignment]
     """Log-probabilities of given completions of one prompt, each encoded by itself and appended to the prompt's tokens. Errors: as Generate."""
@@ -116,7 +118,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors before Started: invalid_value, context_length_exceeded, bad_messages, no_chat_template, schema_too_complex, unsupported_regex,
         unsupported_grammar (INVALID_ARGUMENT; the last three also later, where a constraint grows too complex); adapter_not_found,
         version_not_found, alias_not_found, adapter_deleted (NOT_FOUND); base_revision_mismatch, rank_too_large (FAILED_PRECONDITION); queue_full
-        (RESOURCE_EXHAUSTED, with a retry delay); adapter_unavailable (UNAVAILABLE).
+        (RESOURCE_EXHAUSTED, with a retry delay); adapter_unavailable (UNAVAILABLE);
+        deadline_exceeded, and deadline_unreachable where the prompt alone takes longer than is left (DEADLINE_EXCEEDED).
         """
 
     @_abc_1.abstractmethod
