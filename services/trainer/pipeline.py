@@ -1,323 +1,208 @@
-"""A job from its files to its published version, in the child process."""
+"""The stages of one job in the child process, from its files to its published version."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from services.common.errors import DataLoss
-from services.common.ids import new_id
 from services.common.prompts import PromptEncoder
-from services.common.store import ObjectStore
 from services.trainer.bases import TrainableBase
 from services.trainer.config import TrainerSettings
-from services.trainer.job import (
-    CHECKPOINT_PREFIX,
-    Checkpoint,
-    Draft,
-    Facts,
-    Job,
-    JobResult,
-    JobState,
-    Level,
-    ParityReport,
-    Progress,
-)
-from services.trainer.journal import checkpoint_prefix
-from services.trainer.link import Order, Outcome, WorkerLink
+from services.trainer.job import Draft, Facts, Job, JobResult, JobState, Level, ParityReport
 from services.trainer.parity import TOLERANCE_NATS, ParityGate, parity_failed
-from services.trainer.patience import Patience
 from services.trainer.preparation import PreparedData, prepare
 from services.trainer.publishing import job_result, metrics_csv, model_card
 from services.trainer.registry_client import RegistryClient
+from services.trainer.reporter import RunReporter
 from services.trainer.tokens import stop_token_id
+from services.trainer.training.base import SharedBase
 from services.trainer.training.batches import BatchPlan
-from services.trainer.training.checkpoint import CheckpointStore
 from services.trainer.training.evaluate import evaluate
+from services.trainer.training.initialise import new_adapter
 from services.trainer.training.loop import TrainingRun
-from services.trainer.training.model import AdapterModel, BaseFolder, attach_adapter, load_base
+from services.trainer.training.model import AdapterModel
 from services.trainer.training.probes import probe
-
-KEPT_CHECKPOINTS = 2
-# After this many steps the pace is known well enough to tell the minutes.
-MEASURED_STEPS = 3
-# However long a job runs, it tells about its steps some hundreds of times.
-EVENTS_PER_RUN = 400
-
-
-class Interrupted(Exception):  # noqa: N818 - not a failure
-    """The worker asked for an end."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        super().__init__(outcome.value)
-        self.outcome = outcome
 
 
 class Pipeline:
-    """Runs one job. Every stage that is recorded as done is not done again."""
+    """Runs one job on a base that others may share. Every stage that is recorded as done is not done again.
+
+    Every method raises `Interrupted` where the worker asks for an end, and `LorafleetError` where the job
+    has failed.
+    """
 
     def __init__(
-        self, job: Job, settings: TrainerSettings, link: WorkerLink, store: ObjectStore, folder: Path
+        self, reporter: RunReporter, settings: TrainerSettings, registry: RegistryClient, folder: Path
     ) -> None:
-        """Prepare to run `job`; `folder` is empty and goes away with the process."""
-        self._job = job
+        """Prepare to run the reporter's job; `folder` is empty and goes away with the process."""
+        self._reporter = reporter
         self._settings = settings
-        self._link = link
-        self._checkpoints = CheckpointStore(store, checkpoint_prefix(job.id))
+        self._registry = registry
         self._folder = folder
-        self._base_path = settings.bases[job.request.base_model]
+        self._base_path = settings.bases[self.job.request.base_model]
         self._encoder = PromptEncoder.load(self._base_path)
-        self._patience = Patience(self.check)
-        self._last_event = 0.0
-        self._written_step = job.checkpoints[-1].step if job.checkpoints else 0
+        self._data: PreparedData | None = None
+        self._run: TrainingRun | None = None
 
-    async def run(self) -> None:
-        """Train, evaluate, publish.
+    @property
+    def job(self) -> Job:
+        """The job as it stands."""
+        return self._reporter.job
 
-        Raises:
-            Interrupted: the worker asked for an end.
-            LorafleetError: the job has failed.
-        """
-        registry = RegistryClient(self._settings.registry_target, self._settings.peer_tls)
-        try:
-            data = await self._prepare(registry)
-            model = await asyncio.to_thread(self._load_model)
-            run = self._training_run(model, data)
-            await asyncio.to_thread(run.train)
-            await asyncio.to_thread(self._evaluate, model, data)
-            await self._store_figures(registry, run)
-            folder, base = await asyncio.to_thread(self._write_adapter, model)
-            await self._check_parity(registry, model, data, folder, base)
-            await self._publish(registry, folder, base)
-        finally:
-            await registry.close()
-
-    # The observer of the training run.
-
-    def check(self) -> None:
-        """Raise `Interrupted` where the worker wants the job cancelled."""
-        if self._link.order is Order.CANCEL:
-            raise Interrupted(Outcome.CANCELLED)
-
-    def stepped(self, progress: Progress) -> None:
-        """Tell about a step, unless that was done a moment ago."""
-        now = time.monotonic()
-        seconds_left = progress.eta_seconds
-        interval = max(self._settings.event_interval_seconds, seconds_left / EVENTS_PER_RUN)
-        if now - self._last_event < interval and progress.step != progress.total_steps:
-            return
-        self._last_event = now
-        text = f"Step {progress.step}/{progress.total_steps}: training loss={progress.loss:.4f}"
-        self._send(Draft(text, metrics=progress, facts=self._measured_minutes(progress)))
-
-    def skipped(self, step: int, bad_steps: int) -> None:
-        """Tell about a step that did not count."""
-        text = f"Step {step}: loss or gradient is not finite; no update was made"
-        self._send(Draft(text, level=Level.WARN, data={"bad_steps": float(bad_steps)}))
-
-    def checkpoint(self, run: TrainingRun) -> None:
-        """Store what the run needs to go on, and have it recorded."""
-        state = run.state
-        checkpoint_id = new_id(CHECKPOINT_PREFIX)
-        folder = self._folder / checkpoint_id
-        run.write(folder)
-        digest = self._patience.do(lambda: self._checkpoints.save(folder, checkpoint_id))
-        last = state.figures[-1] if state.figures else None
-        checkpoint = Checkpoint(
-            id=checkpoint_id,
-            step=state.step,
-            create_time=datetime.now(UTC),
-            train_loss=last.loss if last else 0.0,
-            manifest_digest=digest,
-            trained_tokens=state.trained_tokens,
-            valid_loss=last.valid_loss if last else None,
-            valid_mean_token_accuracy=last.valid_accuracy if last else None,
-        )
-        self._record(Draft(f"Checkpoint at step {state.step}", facts=Facts(checkpoint=checkpoint)))
-        self._written_step = state.step
-        self._checkpoints.discard([old.id for old in self._job.checkpoints[:-KEPT_CHECKPOINTS]][-1:])
-
-    def between_steps(self, run: TrainingRun) -> None:
-        """Hand the job back where the worker wants that, with all that was done."""
-        if self._link.order is Order.HAND_BACK:
-            if run.state.step != self._written_step:
-                self.checkpoint(run)
-            raise Interrupted(Outcome.HANDED_BACK)
-
-    # The stages.
-
-    async def _prepare(self, registry: RegistryClient) -> PreparedData:
-        """Return the rows, which must be those that were validated."""
-        request = self._job.request
+    async def prepare(self) -> None:
+        """Fetch the rows, which must be those that were validated."""
+        request = self.job.request
         paths = []
         for file_id in filter(None, (request.training_file, request.validation_file)):
             path = self._folder / file_id
-            await self._patience.call(
-                partial(registry.download, file_id, path, max_bytes=self._settings.max_dataset_bytes)
+            limit = self._settings.max_dataset_bytes
+            await self._reporter.patience.call(
+                partial(self._registry.download, file_id, path, max_bytes=limit)
             )
             paths.append(path)
-        validation_path = paths[1] if len(paths) > 1 else None
         data = await asyncio.to_thread(
             prepare,
             paths[0],
-            validation_path,
+            paths[1] if len(paths) > 1 else None,
             self._encoder,
             request.spec,
             seed=request.seed,
             folder=self._folder / "tokens",
-            check=self.check,
+            check=self._reporter.check,
         )
-        if data.report != self._job.dataset:
+        if data.report != self.job.dataset:
             raise DataLoss("dataset_changed", "the data is not what was validated", field="training_file")
-        return data
+        self._data = data
 
-    def _load_model(self) -> AdapterModel:
-        self.check()
-        request = self._job.request
-        base = BaseFolder(request.base_model, self._base_path, self._settings.base_quantization)
-        model = load_base(base, torch.device(self._settings.device_type))
-        return attach_adapter(model, request.spec, seed=request.seed, pad_id=stop_token_id(self._encoder))
-
-    def _training_run(self, model: AdapterModel, data: PreparedData) -> TrainingRun:
-        request = self._job.request
+    def begin(self, base: SharedBase) -> TrainingRun:
+        """Return the run of the job on `base`, at its first step or at its last checkpoint."""
+        self._reporter.check()
+        request = self.job.request
         spec = request.spec
+        if spec.gradient_checkpointing:
+            base.checkpoint_activations()
         plan = BatchPlan(
-            data.training, spec.batch_size, spec.gradient_accumulation_steps, spec.n_epochs, request.seed
+            self._rows.training,
+            spec.batch_size,
+            spec.gradient_accumulation_steps,
+            spec.n_epochs,
+            request.seed,
+            packed_tokens=spec.max_seq_len if spec.packing else 0,
+            group_by_length=spec.group_by_length,
         )
-        run = TrainingRun(model, plan, spec, self, seed=request.seed, validation_rows=data.validation)
-        if self._job.checkpoints:
-            last = self._job.checkpoints[-1]
-            folder = self._folder / last.id
-            self._patience.do(lambda: self._checkpoints.load(last.id, last.manifest_digest, folder))
-            run.resume(folder)
-            self._send(Draft(f"Going on from step {run.state.step}", data={"step": float(run.state.step)}))
-        return run
+        adapter = new_adapter(base, spec, seed=request.seed, rows=self._rows.training)
+        model = AdapterModel(base, adapter, spec, stop_token_id(self._encoder))
+        rows = self._rows.validation
+        self._run = TrainingRun(model, plan, spec, self._reporter, seed=request.seed, validation_rows=rows)
+        self._reporter.resume(self._run)
+        return self._run
 
-    def _evaluate(self, model: AdapterModel, data: PreparedData) -> None:
-        if self._job.evaluation is not None:
+    async def conclude(self) -> None:
+        """Evaluate and publish what was trained."""
+        run = self._run
+        assert run is not None, "the run has begun"
+        await asyncio.to_thread(self._evaluate, run.model)
+        await self._store_figures(run)
+        folder, base = await asyncio.to_thread(self._write_adapter, run.model)
+        await self._check_parity(run.model, folder, base)
+        await self._publish(folder, base)
+
+    @property
+    def _rows(self) -> PreparedData:
+        assert self._data is not None, "the rows are there"
+        return self._data
+
+    def _evaluate(self, model: AdapterModel) -> None:
+        if self.job.evaluation is not None:
             return
-        self._send(Draft(f"Evaluating on {len(data.validation)} held-out rows"))
-        request = self._job.request
-        figures = evaluate(
-            model, data.validation, self._encoder, request.spec, seed=request.seed, check=self.check
+        rows = self._rows.validation
+        self._reporter.send(Draft(f"Evaluating on {len(rows)} held-out rows"))
+        request = self.job.request
+        measured = evaluate(
+            model, rows, self._encoder, request.spec, seed=request.seed, check=self._reporter.check
         )
-        values = {f"{figure.name}_base": figure.base_value for figure in figures}
-        values |= {f"{figure.name}_adapter": figure.adapter_value for figure in figures}
-        self._record(Draft("Evaluation done", data=values, facts=Facts(evaluation=figures)))
+        values = {f"{figure.name}_base": figure.base_value for figure in measured.figures}
+        values |= {f"{figure.name}_adapter": figure.adapter_value for figure in measured.figures}
+        if measured.collapsed:
+            text = "The adapter gives one and the same answer to different prompts: it has collapsed"
+            self._reporter.send(Draft(text, level=Level.WARN, data={"collapsed": 1.0}))
+        facts = Facts(evaluation=measured.figures, collapsed=measured.collapsed)
+        self._reporter.record(Draft("Evaluation done", data=values, facts=facts))
 
-    async def _store_figures(self, registry: RegistryClient, run: TrainingRun) -> None:
-        if self._job.result_file is None:
+    async def _store_figures(self, run: TrainingRun) -> None:
+        if self.job.result_file is None:
             data = metrics_csv(run.state.figures)
-            filename = f"{self._job.id}-metrics.csv"
-            file_id = await self._patience.call(partial(registry.create_result_file, filename, data))
-            self._record(Draft("Metrics of every step stored", facts=Facts(result_file=file_id)))
+            filename = f"{self.job.id}-metrics.csv"
+            file_id = await self._reporter.patience.call(
+                partial(self._registry.create_result_file, filename, data)
+            )
+            self._reporter.record(Draft("Metrics of every step stored", facts=Facts(result_file=file_id)))
 
     def _write_adapter(self, model: AdapterModel) -> tuple[Path, TrainableBase]:
         """Write what is to be published, and return its folder with the base it is bound to."""
-        base_name = self._job.request.base_model
+        base_name = self.job.request.base_model
         folder = self._folder / "adapter"
-        model.save(folder, base_name)
+        error = model.save(folder, base_name)
+        if self.job.conversion_error is None:
+            draft = Draft(
+                f"The adapter is written; conversion error {error:.2g}",
+                data={"conversion_error": error},
+                facts=Facts(conversion_error=error),
+            )
+            self._reporter.record(draft)
         return folder, TrainableBase.load(base_name, self._base_path, self._settings.base_quantization)
 
-    async def _check_parity(
-        self,
-        registry: RegistryClient,
-        model: AdapterModel,
-        data: PreparedData,
-        folder: Path,
-        base: TrainableBase,
-    ) -> None:
+    async def _check_parity(self, model: AdapterModel, folder: Path, base: TrainableBase) -> None:
         """Have the inference service compute what was trained; raise `FailedPrecondition` if it differs."""
-        if self._settings.inference_target is None:
+        target = self._settings.inference_target
+        if target is None:
             return
-        report = self._job.parity or await self._measure_parity(registry, model, data, folder, base)
+        report = self.job.parity or await self._measure_parity(target, model, folder, base)
         if report is None:
             text = "The inference service has another base: what it computes was not compared"
-            self._send(Draft(text, level=Level.WARN))
+            self._reporter.send(Draft(text, level=Level.WARN))
         elif not report.holds:
             raise parity_failed(report)
 
     async def _measure_parity(
-        self,
-        registry: RegistryClient,
-        model: AdapterModel,
-        data: PreparedData,
-        folder: Path,
-        base: TrainableBase,
+        self, target: str, model: AdapterModel, folder: Path, base: TrainableBase
     ) -> ParityReport | None:
         settings = self._settings
-        assert settings.inference_target is not None
         dtype = settings.base_quantization.compute_dtype
         tolerance = settings.parity_tolerance_nats or TOLERANCE_NATS[dtype]
-        probes = await asyncio.to_thread(probe, model, data.validation or data.training)
-        gate = ParityGate(settings.inference_target, registry, tolerance, settings.peer_tls)
+        probes = await asyncio.to_thread(probe, model, self._rows.validation or self._rows.training)
+        gate = ParityGate(target, self._registry, tolerance, settings.peer_tls)
+        digest = base.fingerprint.digest
         try:
-            report = await self._patience.call(
-                partial(
-                    gate.check,
-                    folder,
-                    probes,
-                    name=self._job.id,
-                    base_fingerprint_digest=base.fingerprint.digest,
-                )
+            report = await self._reporter.patience.call(
+                partial(gate.check, folder, probes, name=self.job.id, base_fingerprint_digest=digest)
             )
         finally:
             await gate.close()
         if report is not None:
             text = f"Served and trained log-probabilities {'agree' if report.holds else 'differ'}"
             values = {"max_difference": report.max_difference, "mean_difference": report.mean_difference}
-            self._record(Draft(text, data=values, facts=Facts(parity=report)))
+            self._reporter.record(Draft(text, data=values, facts=Facts(parity=report)))
         return report
 
-    async def _publish(self, registry: RegistryClient, folder: Path, base: TrainableBase) -> None:
-        self.check()
-        request = self._job.request
-        published = await self._patience.call(
+    async def _publish(self, folder: Path, base: TrainableBase) -> None:
+        self._reporter.check()
+        published = await self._reporter.patience.call(
             partial(
-                registry.publish,
+                self._registry.publish,
                 folder,
-                adapter=request.adapter,
+                adapter=self.job.request.adapter,
                 base_fingerprint_digest=base.fingerprint.digest,
-                card=model_card(self._job, self._encoder),
-                idempotency_key=self._job.id,
+                card=model_card(self.job, self._encoder),
+                idempotency_key=self.job.id,
             )
         )
-        self._succeed(job_result(self._job, published))
+        self._succeed(job_result(self.job, published))
 
     def _succeed(self, result: JobResult) -> None:
-        self._send(Draft(f"New fine-tuned model created: {result.fine_tuned_model}"))
-        self._record(
-            Draft(
-                "The job has successfully completed",
-                state=JobState.SUCCEEDED,
-                facts=Facts(result=result),
-            )
-        )
-        # The version is what is left of the job; nothing goes on from its checkpoints any more.
-        self._checkpoints.discard([old.id for old in self._job.checkpoints[-KEPT_CHECKPOINTS:]])
-
-    def _measured_minutes(self, progress: Progress) -> Facts | None:
-        estimate = self._job.estimate
-        if estimate is None or estimate.minutes or progress.step < MEASURED_STEPS:
-            return None
-        seconds_per_step = progress.eta_seconds / max(1, progress.total_steps - progress.step)
-        minutes = seconds_per_step * progress.total_steps / 60
-        facts = Facts(estimate=replace(estimate, minutes=minutes))
-        self._job = replace(self._job, estimate=facts.estimate)
-        return facts
-
-    def _send(self, draft: Draft) -> None:
-        self._link.send(draft)
-
-    def _record(self, draft: Draft) -> None:
-        """Have a draft recorded durably, and take over what it says about the job."""
-        self._link.send_durably(draft)
-        facts = draft.facts
-        assert facts is not None, "only what adds to the job is waited for"
-        self._job = self._job.with_facts(facts)
+        self._reporter.send(Draft(f"New fine-tuned model created: {result.fine_tuned_model}"))
+        text = "The job has successfully completed"
+        self._reporter.record(Draft(text, state=JobState.SUCCEEDED, facts=Facts(result=result)))
+        self._reporter.discard_checkpoints()

@@ -44,7 +44,11 @@ def model_card(job: Job, encoder: PromptEncoder) -> adapter_pb2.ModelCard:
         training_rows=job.dataset.rows,
         trained_tokens=job.trained_tokens,
         seed=request.seed,
-        metrics=[*(metric for figure in job.evaluation or () for metric in _metrics(figure)), *_parity(job)],
+        metrics=[
+            *(metric for figure in job.evaluation or () for metric in _metrics(figure)),
+            *_checks(job),
+            *_parity(job),
+        ],
         job_id=job.id,
         stop_token_ids=sorted(encoder.eos_token_ids),
         libraries={name: version(name) for name in _LIBRARIES},
@@ -97,6 +101,16 @@ def _metrics(figure: EvaluationMetric) -> list[adapter_pb2.Metric]:
         ci_high=figure.ci_high,
     )
     return [base, adapter]
+
+
+def _checks(job: Job) -> list[adapter_pb2.Metric]:
+    """Return whether the adapter has collapsed, and how far what is published is from what was trained."""
+    found = {"collapsed": job.collapsed, "conversion_error": job.conversion_error}
+    return [
+        adapter_pb2.Metric(name=name, subject="adapter", value=float(value), split="validation")
+        for name, value in found.items()
+        if value is not None
+    ]
 
 
 def _parity(job: Job) -> list[adapter_pb2.Metric]:

@@ -1,6 +1,6 @@
-"""The child process that runs one job: `python -m services.trainer.run_job`, started by a worker.
+"""The child process that runs jobs: `python -m services.trainer.run_job`, started by a worker.
 
-It reads the job from standard input, reports over standard output (see `link`), and dies with its worker.
+It reads the jobs from standard input, reports over standard output (see `link`), and dies with its worker.
 """
 
 from __future__ import annotations
@@ -18,22 +18,18 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from services.common import logs
-from services.common.call_context import call_scope
 from services.common.config import load
-from services.common.errors import Internal, LorafleetError, ResourceExhausted
 from services.trainer.child import PARENT_VARIABLE
 from services.trainer.config import TrainerSettings
-from services.trainer.failure import JobFailure
-from services.trainer.job import Job
-from services.trainer.link import Outcome, WorkerGoneError, WorkerLink
-from services.trainer.pipeline import Interrupted, Pipeline
+from services.trainer.group import JobGroup, TogetherOutOfMemoryError
+from services.trainer.link import WorkerGoneError, WorkerLink
 
 _logger = logging.getLogger("lorafleet.trainer.job")
 _PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
-    """Run the job on standard input; 0 where its outcome was told, however it ended."""
+    """Run the jobs on standard input; 0 where their outcomes were told, however they ended."""
     _die_with_worker()
     settings = load(TrainerSettings)
     logs.configure("trainer-job", settings.log_level)
@@ -41,49 +37,17 @@ def main() -> int:
     torch.set_num_threads(settings.torch_threads)
     disable_progress_bar()
     link = WorkerLink()
-    job = link.receive_job()
-    try:
-        outcome, failure = _run(job, settings, link)
-        link.finish(outcome, failure)
-    except WorkerGoneError:
-        return 1
+    jobs = link.receive_jobs()
+    with tempfile.TemporaryDirectory(prefix="lorafleet-job-", dir=settings.work_folder) as folder:
+        group = JobGroup(jobs, settings, link.of, settings.open_store(), Path(folder))
+        try:
+            asyncio.run(group.run())
+        except TogetherOutOfMemoryError:
+            _logger.exception("out of memory with %d jobs", len(jobs))
+            return 1
+        except WorkerGoneError:
+            return 1
     return 0
-
-
-def _run(job: Job, settings: TrainerSettings, link: WorkerLink) -> tuple[Outcome, JobFailure | None]:
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix="lorafleet-job-", dir=settings.work_folder) as folder,
-            call_scope(tenant=job.request.tenant, request_id=job.id),
-        ):
-            asyncio.run(_pipeline(job, settings, link, Path(folder)).run())
-    except Interrupted as interruption:
-        return interruption.outcome, None
-    except WorkerGoneError:
-        raise
-    except LorafleetError as error:
-        return Outcome.FAILED, JobFailure.of(error)
-    except (MemoryError, torch.OutOfMemoryError):
-        _logger.exception("out of memory")
-        return Outcome.FAILED, JobFailure.of(_out_of_memory())
-    except Exception:
-        _logger.exception("the job failed for a reason of ours")
-        ours = Internal("internal", "the job failed for a reason that is not yours; the log has it")
-        return Outcome.FAILED, JobFailure.of(ours)
-    return Outcome.SUCCEEDED, None
-
-
-def _pipeline(job: Job, settings: TrainerSettings, link: WorkerLink, folder: Path) -> Pipeline:
-    return Pipeline(job, settings, link, settings.open_store(), folder)
-
-
-def _out_of_memory() -> ResourceExhausted:
-    return ResourceExhausted(
-        "out_of_memory",
-        "the job needs more memory than there is; lower batch_size or max_seq_len, raise"
-        " gradient_accumulation_steps instead, or set gradient_checkpointing",
-        final=True,
-    )
 
 
 def _die_with_worker() -> None:

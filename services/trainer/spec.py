@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from services.common.errors import FieldViolation, InvalidArgument
-from services.trainer.methods import DEFAULT_METHOD, find_method
+from services.trainer.methods import DEFAULT_METHOD, MethodCapability, find_method
 
 MIN_SEQ_LEN = 8
 DEFAULT_MAX_SEQ_LEN = 2048
 DEFAULT_RECIPE = "default"
+DEFAULT_RANK = 16
 DEFAULT_LORA_PLUS_RATIO = 16.0
 # Fields that a recipe sets where the caller does not.
 RECIPES: dict[str, dict[str, object]] = {
@@ -85,7 +86,7 @@ class TrainingSpec:
 
     max_seq_len: int
     method: str = DEFAULT_METHOD
-    rank: int = 16
+    rank: int = DEFAULT_RANK
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ()
@@ -179,7 +180,8 @@ def resolve_spec(
     recipe = str(given.get("recipe") or DEFAULT_RECIPE)
     values = RECIPES.get(recipe, {}) | dict(given)
     values["recipe"] = recipe
-    values["method"] = find_method(str(values.get("method") or DEFAULT_METHOD)).name
+    method = find_method(str(values.get("method") or DEFAULT_METHOD))
+    values["method"] = method.name
     ranges = _RANGES | {"max_seq_len": _Range(MIN_SEQ_LEN, max_model_len)}
     violations = [] if recipe in RECIPES else [_unknown("recipe", recipe, RECIPES)]
     optimizer = str(values.get("optimizer") or Optimizer.ADAMW)
@@ -202,8 +204,7 @@ def resolve_spec(
         known = ", ".join(sorted(suffixes))
         text = f"target_modules names {unknown[0][:64]!r}; the base has {known}"
         violations.append(_violation("target_modules", text))
-    if values["method"] != "lora+" and values.get("lora_plus_ratio", 1.0) != 1.0:
-        violations.append(_violation("lora_plus_ratio", "lora_plus_ratio is for method lora+ alone"))
+    violations += _without_effect(given, method)
     if violations:
         raise InvalidArgument(
             "bad_hyperparameter",
@@ -213,12 +214,25 @@ def resolve_spec(
         )
     values["target_modules"] = tuple(sorted(set(targets)))
     values.setdefault("max_seq_len", min(max_model_len, DEFAULT_MAX_SEQ_LEN))
-    rank = values.get("rank", TrainingSpec.__dataclass_fields__["rank"].default)
+    rank = values.get("rank", DEFAULT_RANK)
     assert isinstance(rank, int)
-    values.setdefault("alpha", 2.0 * rank)
-    if values["method"] == "lora+":
+    if method.has_scale:
+        values.setdefault("alpha", 2.0 * rank)
+    else:
+        values["alpha"] = float(rank)
+    if method.name == "lora+":
         values.setdefault("lora_plus_ratio", DEFAULT_LORA_PLUS_RATIO)
     return TrainingSpec(**values)  # type: ignore[arg-type]
+
+
+def _without_effect(given: Mapping[str, object], method: MethodCapability) -> list[FieldViolation]:
+    """Return a violation for every field that the method would not listen to."""
+    violations = []
+    if not method.has_scale and given.get("alpha", 0) not in (0, given.get("rank", DEFAULT_RANK)):
+        violations.append(_violation("alpha", f"alpha does nothing with method {method.name}; leave it out"))
+    if method.name != "lora+" and given.get("lora_plus_ratio", 1.0) != 1.0:
+        violations.append(_violation("lora_plus_ratio", "lora_plus_ratio is for method lora+ alone"))
+    return violations
 
 
 def _unknown(name: str, value: str, known: Iterable[str]) -> FieldViolation:

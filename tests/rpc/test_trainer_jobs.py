@@ -16,14 +16,13 @@ from google.rpc import error_details_pb2
 
 from lorafleet.registry.v1 import adapter_pb2
 from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
+from services.common.base_loading import load_base_model
 from services.common.errors import Code, LorafleetError
 from services.common.prompts import PromptEncoder
 from services.common.valkey import EmbeddedValkey
 from services.trainer.config import TrainerSettings
 from services.trainer.preparation import prepare
 from services.trainer.spec import TrainingSpec
-from services.trainer.training.model import AdapterModel, BaseFolder, load_base
-from services.trainer.training.validation import measure
 from tests.support.models import load_peft_adapters, make_tiny_llama
 from tests.support.trainer import (
     BASE,
@@ -151,9 +150,16 @@ def _loss_by_peft(base: Path, adapter: Path, data: Path) -> float:
     training_spec = TrainingSpec(max_seq_len=64, validation_fraction=0.25)
     tokens = data.with_name("tokens")
     prepared = prepare(data, None, PromptEncoder.load(base), training_spec, seed=7, folder=tokens)
-    model = load_base(BaseFolder(BASE, base, quantization), torch.device("cpu"))
-    loaded = AdapterModel(load_peft_adapters(model, {"a": adapter}), pad_id=0)
-    return measure(loaded, prepared.validation, 4, check=lambda: None).loss
+    plain = load_base_model(base, quantization, device=torch.device("cpu"), attention="sdpa")
+    model = load_peft_adapters(plain, {"a": adapter})
+    loss, count = 0.0, 0
+    for row in prepared.validation:
+        with torch.no_grad():
+            scores = model(input_ids=torch.tensor([row.ids])).logits[0, :-1].log_softmax(-1)
+        counts = torch.tensor(row.supervised[1:])
+        loss -= float(scores[counts].gather(1, torch.tensor(row.ids[1:])[counts, None]).sum())
+        count += int(counts.sum())
+    return loss / count
 
 
 async def test_bad_lines_end_the_job_and_are_named(trainer: Trainer) -> None:
@@ -201,7 +207,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"adapter": "No Such Name"}, "bad_name"),
     ({"seed": -1}, "bad_hyperparameter"),
     ({"spec": spec(rank=4096)}, "bad_hyperparameter"),
-    ({"spec": spec(method="dora")}, "unsupported_method"),
+    ({"spec": spec(method="oft")}, "unsupported_method"),
     ({"metadata": {"k" * 65: "v"}}, "bad_metadata"),
     ({"metadata": {f"k{n}": "v" for n in range(17)}}, "bad_metadata"),
     ({"idempotency_key": "k" * 65}, "bad_idempotency_key"),
@@ -320,7 +326,12 @@ async def test_cancel_within_five_seconds_and_the_next_job_runs(trainer: Trainer
 
 async def test_conversations_train_and_unserved_methods_are_not_offered(trainer: Trainer) -> None:
     methods = await trainer.call("ListMethods", trainer_service_pb2.ListMethodsRequest())
-    assert [method.method for method in methods.methods] == ["lora", "rslora"]
+    offered = {method.method: method.served_as for method in methods.methods if method.offered}
+    assert offered["rslora"] == "lora"
+    assert offered["dora"] == "lora+scale"
+    refused = {method.method: method.note for method in methods.methods if not method.offered}
+    assert all(refused.values())
+    assert "oft" in refused
     rows = b"".join(
         b'{"messages": [{"role": "user", "content": "q%d"}, {"role": "assistant", "content": "a"}]}\n' % n
         for n in range(12)

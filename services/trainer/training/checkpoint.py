@@ -1,10 +1,10 @@
-"""What a run needs to go on: LoRA weights, optimizer moments, step and figures. Safetensors and JSON only."""
+"""What a run needs to go on: weights, optimizer moments, step and figures. Safetensors and JSON only."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from services.common.errors import DataLoss
 from services.common.store import ObjectNotFoundError, ObjectStore
+from services.trainer.training.adapter import TrainableAdapter
+from services.trainer.training.optimizers import load_state_tensors, state_tensors
 
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+BEST = "best.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 
@@ -37,11 +40,23 @@ class StepFigures:
 
 @dataclass(slots=True)
 class RunState:
-    """Where a run stands between two steps. Order, dropout and learning rate follow from seed and step."""
+    """Where a run stands between two steps. Order, dropout and learning rate follow from seed and step.
+
+    Attributes:
+        bad_steps: steps in a row, up to now, whose loss or gradient was not finite.
+        train_seconds: time spent in steps, over all attempts.
+        best_valid_loss: the lowest validation loss, where early stopping looks for it.
+        stale_validations: validations since then.
+        is_stopped: whether early stopping has ended the run.
+    """
 
     step: int = 0
     trained_tokens: int = 0
     bad_steps: int = 0
+    train_seconds: float = 0.0
+    best_valid_loss: float | None = None
+    stale_validations: int = 0
+    is_stopped: bool = False
     figures: list[StepFigures] = field(default_factory=list)
 
 
@@ -87,7 +102,7 @@ class CheckpointStore:
     def discard(self, checkpoint_ids: Sequence[str]) -> None:
         """Remove the bytes of checkpoints that nothing resumes from any more; the manifest goes first."""
         for checkpoint_id in checkpoint_ids:
-            for name in (MANIFEST, STATE, OPTIMIZER, WEIGHTS):
+            for name in (MANIFEST, STATE, OPTIMIZER, BEST, WEIGHTS):
                 self._store.delete(self._key(checkpoint_id, name))
 
     def _key(self, checkpoint_id: str, name: str) -> str:
@@ -96,44 +111,51 @@ class CheckpointStore:
 
 def write_run(
     folder: Path,
-    parameters: dict[str, torch.nn.Parameter],
+    adapter: TrainableAdapter,
     optimizer: torch.optim.Optimizer,
     state: RunState,
+    best: dict[str, torch.Tensor] | None,
 ) -> None:
-    """Write the three files of a checkpoint to the empty folder `folder`."""
+    """Write the files of a checkpoint to the empty folder `folder`; `best`: weights of the lowest loss."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().to("cpu").contiguous() for name, p in parameters.items()}, folder / WEIGHTS)
-    moments: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}/{key}"] = value.detach().to("cpu").contiguous()
-    save_file(moments, folder / OPTIMIZER)
+    parameters = adapter.parameters()
+    save_file(_on_cpu(parameters | adapter.constants()), folder / WEIGHTS)
+    save_file(state_tensors(optimizer, parameters), folder / OPTIMIZER)
+    if best is not None:
+        save_file(_on_cpu(best), folder / BEST)
     (folder / STATE).write_text(json.dumps(asdict(state), allow_nan=False), encoding="ascii")
 
 
 def read_run(
-    folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> RunState:
-    """Load the files of a checkpoint into weights and optimizer, and return the run's state.
+    folder: Path, adapter: TrainableAdapter, optimizer: torch.optim.Optimizer
+) -> tuple[RunState, dict[str, torch.Tensor] | None]:
+    """Load the files of a checkpoint into adapter and optimizer; return the run's state and its best weights.
 
     Raises:
-        DataLoss: `corrupt_checkpoint`, where the tensors are not those of these parameters.
+        DataLoss: `corrupt_checkpoint`, where the tensors are not those of this adapter.
     """
     weights = load_file(folder / WEIGHTS)
-    moments = load_file(folder / OPTIMIZER)
-    if set(weights) != set(parameters):
+    parameters = adapter.parameters()
+    if set(weights) != set(parameters) | set(adapter.constants()):
         raise _corrupt(folder.name, "its tensors are those of another adapter")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    for full_name, value in moments.items():
-        name, _, key = full_name.rpartition("/")
-        parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU whatever the device of the weights.
-        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+    load_weights(parameters, weights)
+    adapter.load_constants(weights)
+    load_state_tensors(optimizer, parameters, load_file(folder / OPTIMIZER))
     raw: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="ascii"))
     figures = [StepFigures(**row) for row in raw.pop("figures")]
-    return RunState(**raw, figures=figures)
+    best = load_file(folder / BEST) if (folder / BEST).exists() else None
+    return RunState(**raw, figures=figures), best
+
+
+@torch.no_grad()
+def load_weights(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
+    """Give the parameters the values in `weights`; with EVA a layer's rank may differ between machines."""
+    for name, parameter in parameters.items():
+        parameter.data = weights[name].to(parameter.device, copy=True)
+
+
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
 def _require(holds: bool, checkpoint_id: str, name: str) -> None:

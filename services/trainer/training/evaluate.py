@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,16 +12,28 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from services.common.prompts import PromptEncoder
 from services.common.scoring import METRICS, Rows, Target, evidence_of, with_interval
-from services.trainer.dataset import PromptRow, Row
+from services.trainer.dataset import Row
 from services.trainer.job import EvaluationMetric
 from services.trainer.spec import TaskMetric, TrainingSpec
 from services.trainer.tokens import TokenRow
+from services.trainer.training.collapse import is_collapsed
 from services.trainer.training.model import AdapterModel
 from services.trainer.training.validation import RowScores, measure
 
 # An answer may run this far past the longest reference before it is cut.
 EXTRA_ANSWER_TOKENS = 16
 GENERATION_ROWS = 16
+# Without a task metric, so many answers are begun, to see whether they are all the same.
+COLLAPSE_ROWS = 16
+COLLAPSE_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was measured on held-out rows; see `collapse` for the second."""
+
+    figures: tuple[EvaluationMetric, ...] = ()
+    collapsed: bool | None = None
 
 
 def evaluate(
@@ -31,7 +44,7 @@ def evaluate(
     *,
     seed: int,
     check: Callable[[], None],
-) -> tuple[EvaluationMetric, ...]:
+) -> Evaluation:
     """Return loss, token accuracy and the task metric of base and adapter, over `spec.evaluation_rows` rows.
 
     Args:
@@ -41,7 +54,7 @@ def evaluate(
     """
     rows = rows[: spec.evaluation_rows]
     if not rows:
-        return ()
+        return Evaluation()
     adapter = measure(model, rows, spec.batch_size, check=check)
     with model.base_only():
         base = measure(model, rows, spec.batch_size, check=check)
@@ -55,35 +68,62 @@ def evaluate(
             functools.partial(_accuracy, adapter),
         ),
     ]
-    if spec.task_metric is not TaskMetric.NONE:
-        metric = METRICS[spec.task_metric.value]
-        targets = [target_of(row.source) for row in rows]
-        answered = evidence_of(metric, generate(model, rows, encoder, check=check), targets)
-        with model.base_only():
-            before = evidence_of(metric, generate(model, rows, encoder, check=check), targets)
-        figures.append(
-            _figure(
-                spec.task_metric.value,
-                len(rows),
-                seed,
-                lambda drawn: metric.value(before[drawn]),
-                lambda drawn: metric.value(answered[drawn]),
-            )
+    different = _with_different_prompts(rows)
+    if spec.task_metric is TaskMetric.NONE:
+        begun = [rows[index] for index in different[:COLLAPSE_ROWS]]
+        answers = generate(model, begun, encoder, check=check, max_answer_tokens=COLLAPSE_TOKENS)
+        references = [
+            _decode(encoder, row.ids[row.prompt_length : row.prompt_length + COLLAPSE_TOKENS])
+            for row in begun
+        ]
+        return Evaluation(tuple(figures), is_collapsed(answers, references))
+    metric = METRICS[spec.task_metric.value]
+    targets = [target_of(row.source) for row in rows]
+    answers = generate(model, rows, encoder, check=check)
+    answered = evidence_of(metric, answers, targets)
+    with model.base_only():
+        before = evidence_of(metric, generate(model, rows, encoder, check=check), targets)
+    figures.append(
+        _figure(
+            spec.task_metric.value,
+            len(rows),
+            seed,
+            lambda drawn: metric.value(before[drawn]),
+            lambda drawn: metric.value(answered[drawn]),
         )
-    return tuple(figures)
+    )
+    collapsed = is_collapsed(
+        [answers[index] for index in different], [rows[index].source.answer for index in different]
+    )
+    return Evaluation(tuple(figures), collapsed)
+
+
+def _with_different_prompts(rows: Sequence[TokenRow]) -> list[int]:
+    """Return the first row of each prompt, by index; none for rows that are all answer."""
+    first: dict[tuple[int, ...], int] = {}
+    for index, row in enumerate(rows):
+        first.setdefault(row.ids[: row.prompt_length], index)
+    first.pop((), None)
+    return list(first.values())
 
 
 def target_of(row: Row) -> Target:
     """Return what the model should have answered."""
-    return Target(row.completion if isinstance(row, PromptRow) else str(row.messages[-1]["content"]))
+    return Target(row.answer)
 
 
 def generate(
-    model: AdapterModel, rows: Sequence[TokenRow], encoder: PromptEncoder, *, check: Callable[[], None]
+    model: AdapterModel,
+    rows: Sequence[TokenRow],
+    encoder: PromptEncoder,
+    *,
+    check: Callable[[], None],
+    max_answer_tokens: int | None = None,
 ) -> list[str]:
     """Return the greedy answer to the prompt of each row, in order."""
-    model.model.eval()
-    longest_answer = max(len(row.ids) - row.prompt_length for row in rows) + EXTRA_ANSWER_TOKENS
+    longest_answer = max((len(row.ids) - row.prompt_length for row in rows), default=0) + EXTRA_ANSWER_TOKENS
+    if max_answer_tokens is not None:
+        longest_answer = min(longest_answer, max_answer_tokens)
     answers = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: rows[index].prompt_length)
     for start in range(0, len(order), GENERATION_ROWS):
@@ -92,10 +132,14 @@ def generate(
         for index, ids in zip(
             chosen, _generate_ids(model, prompts, encoder, longest_answer, check), strict=True
         ):
-            # A base may have more rows in its output head than its tokenizer has tokens.
-            known = [token_id for token_id in ids if token_id < encoder.vocab_size]
-            answers[index] = encoder.decode(known, skip_special_tokens=True)
+            answers[index] = _decode(encoder, ids)
     return answers
+
+
+def _decode(encoder: PromptEncoder, ids: Sequence[int]) -> str:
+    # A base may have more rows in its output head than its tokenizer has tokens.
+    known = [token_id for token_id in ids if token_id < encoder.vocab_size]
+    return encoder.decode(known, skip_special_tokens=True)
 
 
 def _generate_ids(
@@ -118,8 +162,8 @@ def _generate_ids(
         eos_token_id=stops,
         pad_token_id=model.pad_id,
     )
-    with torch.no_grad():
-        output = model.model.generate(
+    with torch.no_grad(), model.padded() as padded:
+        output = padded.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=config,

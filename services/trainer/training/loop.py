@@ -1,4 +1,4 @@
-"""The training loop: AdamW on the LoRA weights; a step follows from seed, number and weights alone."""
+"""One job's training, step by step: a step follows from seed, number and weights alone."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import resource
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from services.common.errors import FailedPrecondition
 from services.trainer.job import Progress
 from services.trainer.spec import TrainingSpec
 from services.trainer.tokens import TokenRow
-from services.trainer.training.batches import BatchPlan
-from services.trainer.training.checkpoint import RunState, StepFigures, read_run, write_run
-from services.trainer.training.loss import summed_loss
+from services.trainer.training.batches import BatchPlan, Bin, FlatBatch
+from services.trainer.training.checkpoint import RunState, StepFigures, load_weights, read_run, write_run
+from services.trainer.training.guards import check_finite, check_growth, improves, spent_budget
 from services.trainer.training.model import AdapterModel
+from services.trainer.training.optimizers import new_optimizer, set_rate
 from services.trainer.training.schedule import learning_rate
 from services.trainer.training.validation import measure
 
-BAD_STEPS_LIMIT = 3
 RATE_WINDOW_STEPS = 10
 # Held-out rows whose loss is measured at each checkpoint.
 CHECKPOINT_VALIDATION_ROWS = 32
@@ -53,9 +53,17 @@ class RunObserver(Protocol):
         """Keep what `run.write` writes."""
         ...
 
+    def stopped_early(self, step: int, best_valid_loss: float) -> None:
+        """Take note that the validation loss no longer falls, and that the run ends at its best weights."""
+        ...
+
 
 class TrainingRun:
-    """One job's training from its first step, or from a checkpoint, to its last."""
+    """One job's training from its first step, or from a checkpoint, to its last.
+
+    Whoever drives it calls `next_pass`, runs the batch forward and backward, and calls `finish_pass`, until
+    `is_done`.
+    """
 
     def __init__(
         self,
@@ -74,53 +82,98 @@ class TrainingRun:
         self._observer = observer
         self._seed = seed
         self._validation_rows = validation_rows[:CHECKPOINT_VALIDATION_ROWS]
-        self._parameters = model.parameters()
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=spec.learning_rate, weight_decay=spec.weight_decay
-        )
+        self._parameters = model.adapter.parameters()
+        self._optimizer = new_optimizer(model.adapter, spec)
+        self._best: dict[str, torch.Tensor] | None = None
         self._pace: deque[tuple[int, float]] = deque(maxlen=RATE_WINDOW_STEPS)
-        self._epoch_order: tuple[int, list[list[int]]] = (-1, [])
+        self._epoch_order: tuple[int, list[list[Bin]]] = (-1, [])
+        self._passes: deque[FlatBatch] = deque()
+        self._pass_number = 0
+        self._loss_sum = 0.0
+        self._num_tokens = 0
+        self._num_counted = 0
+        self._step_started = 0.0
 
     def resume(self, folder: Path) -> None:
         """Go on from the checkpoint in `folder`; raise `DataLoss` (`corrupt_checkpoint`) if it cannot be."""
-        self.state = read_run(folder, self._parameters, self._optimizer)
+        self.state, self._best = read_run(folder, self.model.adapter, self._optimizer)
+        if self.is_done:
+            self._take_best()
 
     def write(self, folder: Path) -> None:
         """Write all that `resume` needs to `folder`."""
-        write_run(folder, self._parameters, self._optimizer, self.state)
+        write_run(folder, self.model.adapter, self._optimizer, self.state, self._best)
 
-    def train(self) -> RunState:
-        """Run the steps that are left and return the final state.
+    @property
+    def is_done(self) -> bool:
+        """Whether no step is left."""
+        return self.state.is_stopped or self.state.step >= self.plan.total_steps
+
+    @property
+    def loss_weight(self) -> float:
+        """What a summed loss is multiplied by: each counted token of a step weighs the same, however cut."""
+        return 1.0 / self._num_counted
+
+    def next_pass(self) -> FlatBatch:
+        """Return the rows of the next forward pass; between steps the observer is asked first."""
+        assert not self.is_done, "there is a step left"
+        if not self._passes:
+            self._begin_step()
+        self._observer.check()
+        # Dropout follows from seed, step and pass alone, so a resumed run draws the same.
+        self.model.adapter.begin_pass(_pass_seed(self._seed, self.state.step, self._pass_number))
+        return self._passes[0]
+
+    def finish_pass(self, loss_sum: float) -> None:
+        """Take note that the gradients of a pass are there; after the last pass of a step, take the step.
+
+        Args:
+            loss_sum: the pass's summed loss in nats.
 
         Raises:
-            FailedPrecondition: `diverged` after `BAD_STEPS_LIMIT` steps in a row without a finite gradient.
+            FailedPrecondition: `diverged` or `budget_exceeded`.
         """
-        total_steps = self.plan.total_steps
-        while self.state.step < total_steps:
-            self._observer.between_steps(self)
-            started = time.monotonic()
-            figures = self._step(self._rows_of(self.state.step))
-            self.state.step += 1
-            if figures is None:
-                self._count_bad_step()
-            else:
-                self.state.bad_steps = 0
-                self.state.figures.append(figures)
-                self._pace.append((figures.tokens, time.monotonic() - started))
-                self._observer.stepped(self._progress(figures))
-            if self.state.step % self._spec.checkpoint_steps == 0 or self.state.step == total_steps:
-                self._validate()
-                self._observer.checkpoint(self)
-        return self.state
+        self.model.adapter.end_pass()
+        self._loss_sum += loss_sum
+        self._passes.popleft()
+        self._pass_number += 1
+        if not self._passes:
+            self._finish_step()
 
-    def _rows_of(self, step: int) -> list[int]:
-        epoch, position = divmod(step, self.plan.steps_per_epoch)
+    def _begin_step(self) -> None:
+        self._observer.between_steps(self)
+        self._step_started = time.monotonic()
+        epoch, position = divmod(self.state.step, self.plan.steps_per_epoch)
         if self._epoch_order[0] != epoch:
             self._epoch_order = (epoch, self.plan.epoch(epoch))
-        return self._epoch_order[1][position]
+        self._passes.extend(self.plan.passes(self._epoch_order[1][position]))
+        self._pass_number = 0
+        self._loss_sum = 0.0
+        self._num_counted = sum(batch.num_counted for batch in self._passes)
+        self._num_tokens = sum(batch.num_tokens for batch in self._passes)
 
-    def _step(self, indices: list[int]) -> StepFigures | None:
-        """Do one optimizer step on the rows `indices`; None where there was nothing finite to step by."""
+    def _finish_step(self) -> None:
+        figures = self._update()
+        seconds = time.monotonic() - self._step_started
+        self.state.step += 1
+        self.state.trained_tokens += self._num_tokens
+        self.state.train_seconds += seconds
+        if figures is None:
+            self.state.bad_steps += 1
+            self._observer.skipped(self.state.step, self.state.bad_steps)
+            check_finite(self.state)
+        else:
+            self.state.bad_steps = 0
+            self.state.figures.append(figures)
+            self._pace.append((self._num_tokens, seconds))
+            self._observer.stepped(self._progress(figures))
+            check_growth(self.state.figures)
+        self._keep()
+        if self.is_done:
+            self._take_best()
+
+    def _update(self) -> StepFigures | None:
+        """Take an optimizer step by the gradients that are there; None where they are not finite."""
         step = self.state.step
         rate = learning_rate(
             step,
@@ -129,59 +182,53 @@ class TrainingRun:
             warmup_ratio=self._spec.warmup_ratio,
             schedule=self._spec.schedule,
         )
-        batches = self.plan.micro_batches(indices, self.model.pad_id)
-        # Every counted token weighs the same, however the step is cut into forward passes.
-        num_supervised = sum(batch.num_supervised for batch in batches)
-        num_tokens = sum(batch.num_tokens for batch in batches)
-        self.model.model.train()
-        loss_sum = 0.0
-        for number, batch in enumerate(batches):
-            self._observer.check()
-            # Dropout follows from seed, step and pass alone, so a resumed run draws the same.
-            torch.manual_seed(_pass_seed(self._seed, step, number))
-            loss = summed_loss(self.model, batch)
-            loss_sum += loss.item()
-            (loss / num_supervised).backward()  # type: ignore[no-untyped-call]
+        penalty = self.model.adapter.penalty()
+        if penalty is not None:
+            penalty.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._spec.max_grad_norm).item()
-        self.state.trained_tokens += num_tokens
-        is_finite = math.isfinite(loss_sum) and math.isfinite(norm)
+        is_finite = math.isfinite(self._loss_sum) and math.isfinite(norm)
         if is_finite:
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(self._optimizer, rate)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if not is_finite:
             return None
         epoch = (step + 1) / self.plan.steps_per_epoch
-        return StepFigures(step + 1, epoch, loss_sum / num_supervised, rate, norm, num_tokens)
+        return StepFigures(step + 1, epoch, self._loss_sum / self._num_counted, rate, norm, self._num_tokens)
 
-    def _count_bad_step(self) -> None:
-        self.state.bad_steps += 1
-        self._observer.skipped(self.state.step, self.state.bad_steps)
-        if self.state.bad_steps >= BAD_STEPS_LIMIT:
-            raise FailedPrecondition(
-                "diverged",
-                f"the loss or its gradient was not finite in {BAD_STEPS_LIMIT} steps in a row, up to step"
-                f" {self.state.step}; lower learning_rate or max_grad_norm",
-                final=True,
-            )
+    def _keep(self) -> None:
+        """Validate and write a checkpoint where one is due, also where a spent budget ends the run."""
+        spent = None if self.is_done else spent_budget(self.state, self._spec)
+        if spent is not None or self.is_done or self.state.step % self._spec.checkpoint_steps == 0:
+            self._validate()
+            self._observer.checkpoint(self)
+        if spent is not None:
+            raise spent
 
     def _validate(self) -> None:
-        """Add loss and accuracy on held-out rows to the last step's figures."""
+        """Add loss and accuracy on held-out rows to the last step's figures, and see whether they improve."""
         if not self._validation_rows or not self.state.figures:
             return
         scores = measure(self.model, self._validation_rows, self._spec.batch_size, check=self._observer.check)
-        last = self.state.figures[-1]
-        self.state.figures[-1] = StepFigures(
-            last.step,
-            last.epoch,
-            last.loss,
-            last.learning_rate,
-            last.gradient_norm,
-            last.tokens,
-            valid_loss=scores.loss,
-            valid_accuracy=scores.accuracy,
+        self.state.figures[-1] = replace(
+            self.state.figures[-1], valid_loss=scores.loss, valid_accuracy=scores.accuracy
         )
+        if not self._spec.early_stopping_patience:
+            return
+        if improves(scores.loss, self.state.best_valid_loss):
+            self.state.best_valid_loss = scores.loss
+            self.state.stale_validations = 0
+            self._best = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+            return
+        self.state.stale_validations += 1
+        if self.state.stale_validations >= self._spec.early_stopping_patience and not self.is_done:
+            self.state.is_stopped = True
+            assert self.state.best_valid_loss is not None, "something was better"
+            self._observer.stopped_early(self.state.step, self.state.best_valid_loss)
+
+    def _take_best(self) -> None:
+        if self._best is not None:
+            load_weights(self._parameters, self._best)
 
     def _progress(self, figures: StepFigures) -> Progress:
         tokens, seconds = (sum(column) for column in zip(*self._pace, strict=True))
@@ -200,8 +247,9 @@ class TrainingRun:
 
 
 def _pass_seed(seed: int, step: int, number: int) -> int:
+    """Return 40 bits that follow from the three numbers."""
     digest = hashlib.sha256(f"{seed}/{step}/{number}".encode("ascii")).digest()
-    return int.from_bytes(digest[:7], "big")
+    return int.from_bytes(digest[:5], "big")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -16,7 +16,6 @@ def probe(model: AdapterModel, rows: Sequence[TokenRow]) -> tuple[Probe, ...]:
 
     Each row runs alone and is cut to `PROBE_TOKENS`; the model computes as it is, adapter on, dropout off.
     """
-    model.model.eval()
     chosen = [row.ids[:PROBE_TOKENS] for row in rows if len(row.ids) > 1][:PROBE_ROWS]
     return tuple(Probe(ids, _logprobs(model, ids)) for ids in chosen)
 

@@ -6,13 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
 from services.trainer.tokens import TokenRow
-from services.trainer.training.batches import IGNORED_LABEL, collate
-from services.trainer.training.loss import counted_logits
+from services.trainer.training.batches import flatten, row_lengths
 from services.trainer.training.model import AdapterModel
 
 
@@ -49,19 +47,19 @@ def measure(
     Args:
         check: called before every forward pass; raises to give up.
     """
-    model.model.eval()
     result = np.zeros((3, len(rows)), dtype=np.float64)
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    lengths = row_lengths(rows)
+    order = sorted(range(len(rows)), key=lambda index: lengths[index])
     for start in range(0, len(order), batch_size):
         check()
         chosen = order[start : start + batch_size]
-        with torch.no_grad():
-            logits, targets = counted_logits(model, collate([rows[i] for i in chosen], model.pad_id))
-        counts = targets != IGNORED_LABEL
-        losses = functional.cross_entropy(
-            logits.transpose(1, 2), targets, ignore_index=IGNORED_LABEL, reduction="none"
-        )
-        hits = (logits.argmax(dim=-1) == targets) & counts
-        for row, values in enumerate((losses, hits, counts)):
-            result[row, chosen] = values.sum(dim=1).cpu().numpy()
+        batch = flatten([rows[i] for i in chosen])
+        logits = model.counted_logits(batch)
+        targets = batch.targets.to(logits.device)
+        losses = functional.cross_entropy(logits, targets, reduction="none")
+        hits = logits.argmax(dim=-1) == targets
+        ends = np.cumsum(batch.counted_rows)[:-1].tolist()
+        for row, values in enumerate((losses, hits)):
+            result[row, chosen] = [float(part.sum()) for part in values.cpu().tensor_split(ends)]
+        result[2, chosen] = batch.counted_rows
     return RowScores(*result)

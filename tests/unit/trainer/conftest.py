@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from services.common.fingerprint import ComputeDtype, Quantization, QuantizationType
-from services.trainer.training.model import BaseFolder
+from services.trainer.training.base import BaseFolder
 from tests.support.models import make_tiny_llama
 
 FULL = Quantization.none(ComputeDtype.FLOAT32)

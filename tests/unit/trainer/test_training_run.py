@@ -2,100 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig
+from torch.nn import functional
 
-from services.common.adapter_format import read_folder
+from services.common.base_loading import load_base_model
 from services.common.errors import DataLoss, FailedPrecondition
-from services.common.fingerprint import linear_module_table
 from services.common.store import DirectoryStore
-from services.trainer.dataset import PromptRow
-from services.trainer.job import Progress
-from services.trainer.spec import TrainingSpec, resolve_spec
+from services.trainer.spec import Schedule
 from services.trainer.tokens import TokenRow
-from services.trainer.training.batches import BatchPlan, collate
-from services.trainer.training.checkpoint import MANIFEST, STATE, WEIGHTS, CheckpointStore, RunState
-from services.trainer.training.loop import TrainingRun
-from services.trainer.training.loss import counted_logits, summed_loss
-from services.trainer.training.model import AdapterModel, BaseFolder, attach_adapter, load_base
+from services.trainer.training import together
+from services.trainer.training.base import BaseFolder, SharedBase
+from services.trainer.training.batches import flatten
+from services.trainer.training.checkpoint import MANIFEST, STATE, WEIGHTS, CheckpointStore
+from services.trainer.training.loss import summed_loss
+from services.trainer.training.together import train_alone
 from services.trainer.training.validation import measure
-from tests.support.models import load_peft_adapters
-
-SEED = 11
-
-
-class Observer:
-    """Notes what a run reports; ends it before a given step."""
-
-    def __init__(self, folder: Path, *, stop_before: int | None = None) -> None:
-        self.folder = folder
-        self.stop_before = stop_before
-        self.progress: list[Progress] = []
-        self.skipped_steps: list[int] = []
-        self.states: dict[int, RunState] = {}
-
-    def check(self) -> None:
-        """Never ends the run."""
-
-    def between_steps(self, run: TrainingRun) -> None:
-        if run.state.step == self.stop_before:
-            raise KeyboardInterrupt
-
-    def stepped(self, progress: Progress) -> None:
-        self.progress.append(progress)
-
-    def skipped(self, step: int, bad_steps: int) -> None:
-        self.skipped_steps.append(step)
-
-    def checkpoint(self, run: TrainingRun) -> None:
-        run.write(self.folder / f"step-{run.state.step}")
+from tests.support.models import wrap_with_peft
+from tests.support.training import (
+    Observer,
+    StopRun,
+    greatest_difference,
+    load_shared,
+    new_run,
+    relative_difference,
+    task_rows,
+    tiny_spec,
+    weights_of,
+)
 
 
-def rows(count: int = 20) -> list[TokenRow]:
-    """Rows of different length, whose last tokens follow from their first."""
-    made = []
-    for index in range(count):
-        digit = index % 4
-        prompt = [50 + digit] * (2 + index % 5)
-        ids = (*prompt, 70 + digit, 80 + digit, 0)
-        mask = (*[False] * len(prompt), True, True, True)
-        made.append(TokenRow(ids, mask, len(prompt), PromptRow(index + 1, str(index), "c")))
-    return made
+@pytest.fixture(scope="module")
+def nf4(nf4_base: BaseFolder) -> SharedBase:
+    return load_shared(nf4_base)
 
 
-def specification(base: BaseFolder, **fields: object) -> TrainingSpec:
-    given = {"rank": 4, "learning_rate": 0.01, "n_epochs": 2, "checkpoint_steps": 3, "max_seq_len": 32}
-    modules = list(linear_module_table(base.path))
-    return resolve_spec(given | fields, max_model_len=512, module_names=modules)
+@pytest.fixture(scope="module")
+def full(full_base: BaseFolder) -> SharedBase:
+    return load_shared(full_base)
 
 
-def run_of(
-    base: BaseFolder, observer: Observer, *, data: Sequence[TokenRow] | None = None, **fields: object
-) -> TrainingRun:
-    spec = specification(base, **fields)
-    model = attach_adapter(load_base(base, torch.device("cpu")), spec, seed=SEED, pad_id=1)
-    plan = BatchPlan(data or rows(), spec.batch_size, spec.gradient_accumulation_steps, spec.n_epochs, SEED)
-    return TrainingRun(model, plan, spec, observer, seed=SEED, validation_rows=rows(4))
-
-
-def weights(model: AdapterModel) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.parameters().items()}
-
-
-def greatest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
-def test_loss_falls_on_nf4_and_is_told(nf4_base: BaseFolder, tmp_path: Path) -> None:
+def test_loss_falls_on_nf4_and_is_told(nf4: SharedBase, nf4_base: BaseFolder, tmp_path: Path) -> None:
     observer = Observer(tmp_path)
-    run = run_of(nf4_base, observer, n_epochs=6)
-    state = run.train()
+    run = new_run(nf4, tiny_spec(nf4_base, n_epochs=6), observer)
+    train_alone(run)
 
     total = run.plan.total_steps
     assert [progress.step for progress in observer.progress] == list(range(1, total + 1))
@@ -103,143 +57,216 @@ def test_loss_falls_on_nf4_and_is_told(nf4_base: BaseFolder, tmp_path: Path) -> 
     assert observer.progress[-1].eta_seconds == 0
     assert observer.progress[0].tokens_per_second > 0
     assert observer.progress[-1].peak_memory_bytes > 1_000_000
-    assert state.trained_tokens == 6 * sum(len(row.ids) for row in rows())
-    assert [row.step for row in state.figures if row.valid_loss is not None] == [
+    assert run.state.trained_tokens == 6 * sum(len(row.ids) for row in task_rows())
+    assert run.state.train_seconds > 0
+    assert [row.step for row in run.state.figures if row.valid_loss is not None] == [
         step for step in range(1, total + 1) if step % 3 == 0 or step == total
     ]
 
 
-def test_eight_passes_of_one_row_equal_one_pass_of_eight(full_base: BaseFolder, tmp_path: Path) -> None:
+def test_eight_passes_of_one_row_equal_one_pass_of_eight(
+    full: SharedBase, full_base: BaseFolder, tmp_path: Path
+) -> None:
     """The last step of an epoch has four rows, so a loss averaged by passes would differ."""
     results = []
     for batch_size, accumulation in [(8, 1), (1, 8)]:
         observer = Observer(tmp_path / str(batch_size))
-        run = run_of(full_base, observer, batch_size=batch_size, gradient_accumulation_steps=accumulation)
-        run.train()
-        results.append((weights(run.model), [progress.loss for progress in observer.progress]))
+        spec = tiny_spec(full_base, batch_size=batch_size, gradient_accumulation_steps=accumulation)
+        run = new_run(full, spec, observer)
+        train_alone(run)
+        results.append((weights_of(run), [progress.loss for progress in observer.progress]))
     (one, one_losses), (eight, eight_losses) = results
     assert one_losses == pytest.approx(eight_losses, rel=1e-5)
     assert greatest_difference(one, eight) < 1e-4
     assert greatest_difference(one, {name: torch.zeros_like(value) for name, value in one.items()}) > 0.05
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_resumed_run_ends_with_the_same_bits(nf4_base: BaseFolder, tmp_path: Path, dropout: float) -> None:
-    through = run_of(nf4_base, Observer(tmp_path / "through"), dropout=dropout)
-    through.train()
+def test_packed_loss_is_the_sum_of_single_losses(full: SharedBase, full_base: BaseFolder) -> None:
+    run = new_run(full, tiny_spec(full_base), Observer(Path()))
+    rows = task_rows(9)
+    single = [_loss(run.model.counted_logits(flatten([row])), [row]) for row in rows]
+    packed = _loss(run.model.counted_logits(flatten(rows)), rows)
+    assert packed == pytest.approx(sum(single), rel=1e-6)
 
-    broken_off = run_of(nf4_base, Observer(tmp_path / "broken", stop_before=5), dropout=dropout)
-    with pytest.raises(KeyboardInterrupt):
-        broken_off.train()
-    resumed = run_of(nf4_base, Observer(tmp_path / "resumed"), dropout=dropout)
+
+def _loss(logits: torch.Tensor, rows: list[TokenRow]) -> float:
+    return float(summed_loss(logits, flatten(rows).targets))
+
+
+def test_packing_trains_on_the_same_tokens_in_fewer_steps(
+    full: SharedBase, full_base: BaseFolder, tmp_path: Path
+) -> None:
+    observer = Observer(tmp_path)
+    run = new_run(full, tiny_spec(full_base, packing=True, batch_size=1, n_epochs=4), observer)
+    train_alone(run)
+    assert run.state.trained_tokens == 4 * sum(len(row.ids) for row in task_rows())
+    assert run.plan.steps_per_epoch < 10
+    assert observer.progress[-1].loss < 0.5 * observer.progress[0].loss
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_resumed_run_ends_with_the_same_bits(
+    nf4: SharedBase, nf4_base: BaseFolder, tmp_path: Path, dropout: float, optimizer: str
+) -> None:
+    # The rank makes some moments large enough for eight bits.
+    spec = tiny_spec(nf4_base, dropout=dropout, optimizer=optimizer, rank=64)
+    through = new_run(nf4, spec, Observer(tmp_path / "through"))
+    train_alone(through)
+
+    broken_off = new_run(nf4, spec, Observer(tmp_path / "broken", stop_before=5))
+    with pytest.raises(StopRun):
+        train_alone(broken_off)
+    resumed = new_run(nf4, spec, Observer(tmp_path / "resumed"))
     resumed.resume(tmp_path / "broken" / "step-3")
     assert resumed.state.step == 3
-    resumed.train()
+    train_alone(resumed)
 
-    assert greatest_difference(weights(through.model), weights(resumed.model)) == 0.0
+    assert greatest_difference(weights_of(through), weights_of(resumed)) == 0.0
     assert resumed.state.trained_tokens == through.state.trained_tokens
     assert resumed.state.figures == through.state.figures
 
 
-def test_same_seed_same_adapter_file(full_base: BaseFolder, tmp_path: Path) -> None:
+def test_dropout_changes_the_run(nf4: SharedBase, nf4_base: BaseFolder, tmp_path: Path) -> None:
+    runs = [
+        new_run(nf4, tiny_spec(nf4_base, dropout=dropout), Observer(tmp_path / str(dropout)))
+        for dropout in (0.0, 0.3)
+    ]
+    for run in runs:
+        train_alone(run)
+    assert greatest_difference(weights_of(runs[0]), weights_of(runs[1])) > 1e-3
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointed_activations_change_nothing(
+    nf4: SharedBase, nf4_base: BaseFolder, tmp_path: Path, dropout: float
+) -> None:
+    plain = new_run(nf4, tiny_spec(nf4_base, dropout=dropout), Observer(tmp_path / "plain"))
+    train_alone(plain)
+    spec = tiny_spec(nf4_base, dropout=dropout, gradient_checkpointing=True)
+    checkpointed = new_run(load_shared(nf4_base), spec, Observer(tmp_path / "checkpointed"))
+    assert checkpointed.model.model.is_activation_checkpointing
+    train_alone(checkpointed)
+    assert greatest_difference(weights_of(plain), weights_of(checkpointed)) == 0.0
+
+
+def test_same_seed_same_adapter_file(full: SharedBase, full_base: BaseFolder, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        run = run_of(full_base, Observer(tmp_path / f"run-{name}"), n_epochs=1)
-        run.train()
+        run = new_run(full, tiny_spec(full_base, n_epochs=1), Observer(tmp_path / f"run-{name}"))
+        train_alone(run)
         run.model.save(tmp_path / name, "tiny")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
+def test_run_is_that_of_peft_and_torch(nf4: SharedBase, nf4_base: BaseFolder, tmp_path: Path) -> None:
+    """Against PEFT's own LoRA layers and a plain loop, from the same first weights."""
+    spec = tiny_spec(nf4_base, batch_size=4, n_epochs=1, schedule=Schedule.CONSTANT, warmup_ratio=0.0)
+    run = new_run(nf4, spec, Observer(tmp_path))
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=list(spec.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    base = load_base_model(
+        nf4_base.path, nf4_base.quantization, device=torch.device("cpu"), attention="eager"
+    )
+    peft = wrap_with_peft(base, config)
+    theirs = {name: p for name, p in peft.named_parameters() if p.requires_grad}
+    pairs = {
+        ours: theirs[f"base_model.model.{ours[:-2]}.lora_{ours[-1].upper()}.default.weight"]
+        for ours in run.model.adapter.parameters()
+    }
+    with torch.no_grad():
+        for ours, parameter in pairs.items():
+            parameter.copy_(run.model.adapter.parameters()[ours])
+    optimizer = torch.optim.AdamW(theirs.values(), lr=spec.learning_rate, weight_decay=0.0)
+    for step in run.plan.epoch(0):
+        loss = torch.zeros(())
+        count = 0
+        for row in (run.plan.rows[index] for each in step for index in each):
+            logits = peft(input_ids=torch.tensor([row.ids])).logits[0, :-1]
+            wanted = torch.tensor(row.ids[1:])
+            counts = torch.tensor(row.supervised[1:])
+            loss = loss + functional.cross_entropy(logits[counts], wanted[counts], reduction="sum")
+            count += int(counts.sum())
+        (loss / count).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(theirs.values(), spec.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    train_alone(run)
+    trained = {ours: parameter.detach() for ours, parameter in pairs.items()}
+    assert relative_difference(weights_of(run), trained) < 1e-4
+
+
 def test_divergence_ends_the_run(full_base: BaseFolder, tmp_path: Path) -> None:
     observer = Observer(tmp_path)
-    run = run_of(full_base, observer)
-    before = weights(run.model)
-    poisoned = next(iter(run.model.model.get_input_embeddings().parameters()))
+    base = load_shared(full_base)
+    run = new_run(base, tiny_spec(full_base), observer)
+    before = weights_of(run)
     with torch.no_grad():
-        poisoned.fill_(float("nan"))
+        base.model.get_input_embeddings().weight.fill_(float("nan"))
     with pytest.raises(FailedPrecondition) as caught:
-        run.train()
+        train_alone(run)
     assert caught.value.reason == "diverged"
     assert observer.skipped_steps == [1, 2, 3]
     assert observer.progress == []
-    assert greatest_difference(before, weights(run.model)) == 0.0
+    assert greatest_difference(before, weights_of(run)) == 0.0
 
 
 def test_one_bad_step_is_left_out(
-    full_base: BaseFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full: SharedBase, full_base: BaseFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observer = Observer(tmp_path)
-    run = run_of(full_base, observer)
+    run = new_run(full, tiny_spec(full_base), observer)
     calls = iter(range(1000))
 
-    def sometimes_nan(model: AdapterModel, batch: Any) -> torch.Tensor:
-        return summed_loss(model, batch) * (float("nan") if next(calls) == 2 else 1.0)
+    def sometimes_nan(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return summed_loss(logits, targets) * (float("nan") if next(calls) == 2 else 1.0)
 
-    monkeypatch.setattr("services.trainer.training.loop.summed_loss", sometimes_nan)
-    state = run.train()
+    monkeypatch.setattr(together, "summed_loss", sometimes_nan)
+    train_alone(run)
     assert observer.skipped_steps == [3]
-    assert [row.step for row in state.figures] == [step for step in range(1, 11) if step != 3]
-    assert all(torch.isfinite(value).all() for value in weights(run.model).values())
+    assert [row.step for row in run.state.figures] == [step for step in range(1, 11) if step != 3]
+    assert all(torch.isfinite(value).all() for value in weights_of(run).values())
 
 
-def test_loss_is_that_of_the_supervised_tokens_alone(full_base: BaseFolder, tmp_path: Path) -> None:
-    """Against the plain definition, row by row, without padding."""
-    run = run_of(full_base, Observer(tmp_path))
-    data = rows(5)
+def test_loss_is_that_of_the_supervised_tokens_alone(full: SharedBase, full_base: BaseFolder) -> None:
+    """Against the plain definition, row by row."""
+    run = new_run(full, tiny_spec(full_base), Observer(Path()))
+    data = task_rows(5)
     expected = 0.0
     for row in data:
         ids = torch.tensor([row.ids])
-        with torch.no_grad():
-            logits = run.model.model(input_ids=ids).logits[0].log_softmax(-1)
+        logits = run.model.logits(ids, torch.ones_like(ids), torch.arange(len(row.ids)))[0].log_softmax(-1)
         expected -= sum(
             float(logits[position - 1, token])
             for position, (token, counts) in enumerate(zip(row.ids, row.supervised, strict=True))
             if counts
         )
-    with torch.no_grad():
-        assert float(summed_loss(run.model, collate(data, 1))) == pytest.approx(expected, rel=1e-5)
-    assert measure(run.model, data, 2, check=lambda: None).loss_sums.sum() == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert _loss(run.model.counted_logits(flatten(data)), data) == pytest.approx(expected, rel=1e-5)
+    scores = measure(run.model, data, 2, check=lambda: None)
+    assert scores.loss_sums.sum() == pytest.approx(expected, rel=1e-5)
+    assert scores.counts.tolist() == [3.0] * 5
 
 
-@pytest.mark.parametrize(("method", "targets"), [("lora", ()), ("rslora", ("q_proj", "v_proj"))])
-def test_saved_adapter_is_the_trained_one(
-    nf4_base: BaseFolder, tmp_path: Path, method: str, targets: tuple[str, ...]
+@pytest.mark.parametrize("method", ["lora", "pissa", "kasa"])
+def test_checkpoint_comes_back_from_the_store(
+    full: SharedBase, full_base: BaseFolder, tmp_path: Path, method: str
 ) -> None:
-    chosen: dict[str, Any] = {"target_modules": targets} if targets else {}
-    run = run_of(nf4_base, Observer(tmp_path / "run"), method=method, n_epochs=1, **chosen)
-    run.train()
-    run.model.save(tmp_path / "adapter", "tiny")
-    read_folder(tmp_path / "adapter")
-
-    batch = collate(rows(6), 1)
-    run.model.model.eval()
-    with torch.no_grad():
-        ours, _ = counted_logits(run.model, batch)
-        with run.model.base_only():
-            base, _ = counted_logits(run.model, batch)
-    loaded: PeftModel = load_peft_adapters(
-        load_base(nf4_base, torch.device("cpu")), {"a": tmp_path / "adapter"}
-    )
-    with torch.no_grad():
-        theirs, _ = counted_logits(AdapterModel(loaded, 1), batch)
-    assert float((ours - theirs).abs().max()) == 0.0
-    assert float((ours - base).abs().max()) > 0.1
-
-
-def test_checkpoint_comes_back_from_the_store(full_base: BaseFolder, tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path / "store")
     store.ready()
     checkpoints = CheckpointStore(store, "jobs/j/checkpoints")
-    run = run_of(full_base, Observer(tmp_path / "run"), n_epochs=1)
-    run.train()
+    spec = tiny_spec(full_base, n_epochs=1, method=method, early_stopping_patience=1, checkpoint_steps=2)
+    run = new_run(full, spec, Observer(tmp_path / "run"))
+    train_alone(run)
     run.write(tmp_path / "written")
     digest = checkpoints.save(tmp_path / "written", "ck")
     checkpoints.load("ck", digest, tmp_path / "loaded")
-    again = run_of(full_base, Observer(tmp_path / "again"), n_epochs=1)
+    again = new_run(full, spec, Observer(tmp_path / "again"), seed=99)
     again.resume(tmp_path / "loaded")
-    assert greatest_difference(weights(run.model), weights(again.model)) == 0.0
+    assert greatest_difference(weights_of(run), weights_of(again)) == 0.0
     assert again.state == run.state
 
     checkpoints.discard(["ck"])
@@ -257,7 +284,7 @@ def _lose(store: DirectoryStore, key: str) -> None:
 @pytest.mark.parametrize("damage", [_truncate, _lose])
 @pytest.mark.parametrize("name", [MANIFEST, STATE, WEIGHTS])
 def test_damaged_checkpoint_is_refused(
-    full_base: BaseFolder, tmp_path: Path, damage: Callable[[DirectoryStore, str], None], name: str
+    tmp_path: Path, damage: Callable[[DirectoryStore, str], None], name: str
 ) -> None:
     store = DirectoryStore(tmp_path / "store")
     store.ready()
