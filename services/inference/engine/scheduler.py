@@ -151,8 +151,14 @@ class Scheduler:
 
     def _take_memory(self, sequence: Sequence) -> bool:
         """Take blocks for all tokens so far, known ones where there are, and a pin on the adapter."""
+        if self._take_blocks_and_pin(sequence, is_reusing=not sequence.wants_prompt_logprobs):
+            return True
+        # Known blocks may lie scattered over so much memory that the adapter has no room beside them.
+        return not self.running and self._take_blocks_and_pin(sequence, is_reusing=False)
+
+    def _take_blocks_and_pin(self, sequence: Sequence, *, is_reusing: bool) -> bool:
         num_tokens = len(sequence.token_ids)
-        if not sequence.wants_prompt_logprobs:
+        if is_reusing:
             sequence.num_computed = self._blocks.attach(sequence.blocks, sequence.chain, sequence.token_ids)
         if self._blocks.can_grow(sequence.blocks, num_tokens) and self._pin(sequence):
             if self._blocks.grow(sequence.blocks, num_tokens):
