@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from lorafleet.inference.v1.generation_pb2 import GenerateRequest, ModelRef
-from lorafleet.inference.v1.inference_service_pb2 import ScoreRequest
+from lorafleet.inference.v1.inference_service_pb2 import EmbedRequest, ScoreRequest
 from services.common import call_context
 from services.common.errors import InvalidArgument
 from services.common.ids import new_id
@@ -21,6 +21,7 @@ from services.inference.resolver import AdapterResolver
 from services.inference.sources import AdapterSource
 
 MAX_SCORED_COMPLETIONS = 64
+MAX_EMBEDDED_INPUTS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,14 @@ class Admitted:
     """A request for the engine and the version that will answer it; None means the base."""
 
     request: Request
+    source: AdapterSource | None
+
+
+@dataclass(frozen=True, slots=True)
+class AdmittedEmbedding:
+    """One request for the engine per input."""
+
+    requests: list[Request]
     source: AdapterSource | None
 
 
@@ -76,13 +85,11 @@ class Admission:
         Raises:
             LorafleetError: as `InferenceService.Score` says.
         """
-        _check_completions(list(message.completions))
+        _check_texts(list(message.completions), "completions", MAX_SCORED_COMPLETIONS)
         prompt = await self.encode_prompt(message)
         params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=1)
-        texts = [
-            prompt + await asyncio.to_thread(self._encoder.encode_completion, completion)
-            for completion in message.completions
-        ]
+        completions = await asyncio.to_thread(self._encoder.encode_completions, list(message.completions))
+        texts = [prompt + completion for completion in completions]
         if not prompt:
             raise InvalidArgument(
                 "invalid_value", "The prompt has no tokens.", field="prompt", limit="at least 1"
@@ -92,6 +99,22 @@ class Admission:
         source = await self.resolve(message.model)
         requests = [self._request(token_ids, params, source) for token_ids in texts]
         return AdmittedScore(requests, len(prompt), source)
+
+    async def embed(self, message: EmbedRequest) -> AdmittedEmbedding:
+        """Admit the inputs to embed.
+
+        Raises:
+            LorafleetError: as `InferenceService.Embed` says.
+        """
+        inputs = list(message.inputs)
+        _check_texts(inputs, "inputs", MAX_EMBEDDED_INPUTS)
+        params = SamplingParams(max_tokens=0, temperature=0.0)
+        texts = await asyncio.to_thread(self._encoder.encode_texts, inputs)
+        for token_ids in texts:
+            validation.check_room(params, len(token_ids), max_model_len=self._limits.max_model_len)
+        source = await self.resolve(message.model)
+        requests = [self._request(token_ids, params, source, embeds=True) for token_ids in texts]
+        return AdmittedEmbedding(requests, source)
 
     async def encode_prompt(self, message: GenerateRequest | ScoreRequest) -> list[int]:
         """Return the ids of a request's prompt; text is encoded on a thread."""
@@ -133,6 +156,7 @@ class Admission:
         source: AdapterSource | None,
         priority: int = 0,
         constraint: Constraint | None = None,
+        embeds: bool = False,
     ) -> Request:
         remaining_seconds = call_context.remaining_seconds()
         return Request(
@@ -144,20 +168,22 @@ class Admission:
             tenant=call_context.current_tenant(),
             priority=priority,
             constraint=constraint,
+            embeds=embeds,
         )
 
 
-def _check_completions(completions: list[str]) -> None:
-    if not 1 <= len(completions) <= MAX_SCORED_COMPLETIONS:
+def _check_texts(texts: list[str], field: str, most: int) -> None:
+    if not 1 <= len(texts) <= most:
         raise InvalidArgument(
             "invalid_value",
-            f"1 to {MAX_SCORED_COMPLETIONS} completions can be scored, not {len(completions)}.",
-            field="completions",
-            value=len(completions),
-            limit=f"1 to {MAX_SCORED_COMPLETIONS}",
+            f"{field} must hold 1 to {most} texts, not {len(texts)}.",
+            field=field,
+            value=len(texts),
+            limit=f"1 to {most}",
         )
-    for index, completion in enumerate(completions):
-        if not completion:
+    for index, text in enumerate(texts):
+        if not text:
+            where = f"{field}[{index}]"
             raise InvalidArgument(
-                "invalid_value", f"completions[{index}] is empty.", field=f"completions[{index}]"
+                "invalid_value", f"{where} is empty.", field=where, value=text, limit="at least 1 character"
             )

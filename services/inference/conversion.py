@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from lorafleet.inference.v1.generation_pb2 import (
     FINISH_REASON_ABORTED,
@@ -58,8 +58,10 @@ class Converter:
             for position in logprobs
         ]
 
-    def completion_score(self, logprobs: Sequence[events.TokenLogprob]) -> CompletionScore:
-        """Return the score of a completion from the log-probabilities of its tokens."""
+    def completion_score(self, event: TokenEvent, prompt_tokens: int) -> CompletionScore:
+        """Return the score of a completion: of all tokens that follow the first `prompt_tokens`."""
+        assert event.prompt_logprobs is not None, "prompt log-probabilities were asked for"
+        logprobs = event.prompt_logprobs[prompt_tokens - 1 :]
         return CompletionScore(
             logprob=sum(position.logprob for position in logprobs),
             tokens=[self._token(position.token_id, position.logprob) for position in logprobs],

@@ -37,7 +37,7 @@ class InferenceService:
 
     async def register(self, host: ServiceHost) -> None:
         """Add the servicer and begin to load the base; the host is NOT_SERVING until that is done."""
-        servicer = InferenceServicer(self._startup)  # type: ignore[abstract] # Calls for later are left out.
+        servicer = InferenceServicer(self._startup)
         add_InferenceServiceServicer_to_server(servicer, host.server)
         host.on_drain(servicer.drain)
         host.on_close(self._close)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -14,9 +14,11 @@ import grpc
 
 from lorafleet.inference.v1.generation_pb2 import GenerateRequest, GenerateResponse, Started, Usage
 from lorafleet.inference.v1.inference_service_pb2 import (
-    CompletionScore,
     DetokenizeRequest,
     DetokenizeResponse,
+    Embedding,
+    EmbedRequest,
+    EmbedResponse,
     EngineStatus,
     EvictRequest,
     EvictResponse,
@@ -41,6 +43,7 @@ from services.inference.admission import Admitted
 from services.inference.chat import Conversation
 from services.inference.engine.events import TokenEvent
 from services.inference.engine.request import Request
+from services.inference.one_shot import last_events
 from services.inference.runtime import Runtime, Startup
 from services.inference.streams import stream_events
 
@@ -52,7 +55,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer(InferenceServiceServicer):
-    """`lorafleet.inference.v1.InferenceService`; its calls for later (Embed) answer UNIMPLEMENTED."""
+    """`lorafleet.inference.v1.InferenceService`."""
 
     def __init__(self, startup: Startup) -> None:
         self._startup = startup
@@ -84,9 +87,8 @@ class InferenceServicer(InferenceServiceServicer):
     async def Score(self, request: ScoreRequest, context: Context) -> ScoreResponse:
         runtime = self._startup.require()
         admitted = await runtime.admission.score(request)
-        scores = await _all_or_none(
-            [_score(runtime, one, admitted.prompt_tokens) for one in admitted.requests]
-        )
+        events = await last_events(runtime.driver, admitted.requests)
+        scores = [runtime.converter.completion_score(event, admitted.prompt_tokens) for event in events]
         return ScoreResponse(
             version_digest="" if admitted.source is None else admitted.source.digest,
             scores=scores,
@@ -94,6 +96,16 @@ class InferenceServicer(InferenceServiceServicer):
                 prompt_tokens=admitted.prompt_tokens,
                 completion_tokens=sum(len(score.tokens) for score in scores),
             ),
+        )
+
+    async def Embed(self, request: EmbedRequest, context: Context) -> EmbedResponse:
+        runtime = self._startup.require()
+        admitted = await runtime.admission.embed(request)
+        events = await last_events(runtime.driver, admitted.requests)
+        return EmbedResponse(
+            version_digest="" if admitted.source is None else admitted.source.digest,
+            embeddings=[Embedding(values=event.embedding) for event in events],
+            usage=Usage(prompt_tokens=sum(event.prompt_tokens for event in events)),
         )
 
     async def Tokenize(self, request: TokenizeRequest, context: Context) -> TokenizeResponse:
@@ -167,17 +179,6 @@ async def _held_for_prompt(
             held = []
 
 
-async def _all_or_none(works: Sequence[Coroutine[Any, Any, CompletionScore]]) -> list[CompletionScore]:
-    """Run all at once; the first failure ends the others and is raised."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def _started(runtime: Runtime, admitted: Admitted, batch: list[TokenEvent]) -> Started:
     prompt_logprobs = next(
         (event.prompt_logprobs for event in batch if event.prompt_logprobs is not None), ()
@@ -190,14 +191,6 @@ def _started(runtime: Runtime, admitted: Admitted, batch: list[TokenEvent]) -> S
         base_fingerprint_digest=runtime.base_fingerprint_digest,
         prompt_logprobs=runtime.converter.positions(prompt_logprobs),
     )
-
-
-async def _score(runtime: Runtime, request: Request, prompt_tokens: int) -> CompletionScore:
-    async with aclosing(stream_events(runtime.driver, request)) as batches:
-        events = [event async for batch in batches for event in batch]
-    logprobs = events[-1].prompt_logprobs
-    assert logprobs is not None, "prompt log-probabilities were asked for"
-    return runtime.converter.completion_score(logprobs[prompt_tokens - 1 :])
 
 
 def _interval_seconds(request: WatchStatusRequest) -> float:

@@ -178,18 +178,6 @@ def nf4_digest(base: Path) -> str:
     return fingerprint_base(base, quantization).digest
 
 
-async def test_methods_that_are_not_offered_say_so(fleet: Fleet) -> None:
-    stub = fleet.client.stub
-    for method, message in (
-        (stub.Embed, calls.EmbedRequest(model=BASE, inputs=["x"])),
-        (stub.Pin, calls.PinRequest(adapter="one")),
-        (stub.Unpin, calls.UnpinRequest(adapter="one")),
-    ):
-        with pytest.raises(LorafleetError) as caught:
-            await fleet.client.call(method, message)
-        assert (caught.value.code, caught.value.reason) == (Code.UNIMPLEMENTED, "not_implemented")
-
-
 BAD_SCORES: dict[str, tuple[dict[str, Any], str, str]] = {
     "no completions": ({"text": "x"}, "invalid_value", "completions"),
     "65 completions": ({"text": "x", "completions": ["y"] * 65}, "invalid_value", "completions"),
@@ -203,6 +191,13 @@ async def test_bad_scores_and_tokens_are_refused(fleet: Fleet) -> None:
         with pytest.raises(LorafleetError) as caught:
             await fleet.client.call(fleet.client.stub.Score, calls.ScoreRequest(model=BASE, **fields))
         assert (caught.value.reason, caught.value.field) == (reason, field), name
+    for inputs, field in (([], "inputs"), (["x"] * 257, "inputs"), (["x", ""], "inputs[1]")):
+        with pytest.raises(LorafleetError) as caught:
+            await fleet.client.call(fleet.client.stub.Embed, calls.EmbedRequest(model=BASE, inputs=inputs))
+        assert (caught.value.reason, caught.value.field) == ("invalid_value", field)
+    with pytest.raises(LorafleetError) as caught:
+        await fleet.client.call(fleet.client.stub.Embed, calls.EmbedRequest(model=BASE, inputs=["x" * 513]))
+    assert caught.value.reason == "context_length_exceeded"
     with pytest.raises(LorafleetError) as caught:
         await fleet.client.call(fleet.client.stub.Detokenize, calls.DetokenizeRequest(token_ids=[2**32 - 1]))
     assert (caught.value.reason, caught.value.field) == ("invalid_value", "token_ids")

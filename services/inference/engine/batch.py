@@ -250,14 +250,14 @@ def _prefill_spans(prefills: list[Chunk], start: int, device: torch.device) -> l
 
 
 def _logits(ordered: list[Chunk]) -> tuple[list[int], list[LogitSpan]]:
-    """Choose the rows to project: the last of each finished chunk, all of those that score their prompt."""
+    """Choose the rows to project: the last of each finished chunk, all of those that want every row."""
     rows: list[int] = []
     spans: list[LogitSpan] = []
     first = 0
     for chunk in ordered:
         sequence = chunk.sequence
         samples = chunk.length == sequence.num_pending
-        if sequence.wants_prompt_logprobs:
+        if sequence.wants_every_row:
             wanted = list(range(first, first + chunk.length))
         else:
             wanted = [first + chunk.length - 1] if samples else []

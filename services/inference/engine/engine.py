@@ -21,6 +21,7 @@ from services.inference.adapters.lease import Lease
 from services.inference.adapters.slots import StackCache
 from services.inference.engine.batch import Batch, build_batch
 from services.inference.engine.blocks import BlockPool
+from services.inference.engine.embedding import add_hidden
 from services.inference.engine.events import FinishReason, TokenEvent, TokenLogprob
 from services.inference.engine.isolation import Computed, run_isolated
 from services.inference.engine.policy import QueuePolicy
@@ -175,6 +176,7 @@ class Engine:
             for computed in outcome.computed:
                 self._scheduler.mark_computed(computed.batch.chunks)
                 self._collect_prompt_logprobs(computed.batch, computed.logits)
+                add_hidden(computed.batch, computed.hidden)
                 events += self._choose_tokens(computed.batch, computed.logits)
             events += [self._failed(chunk.sequence, _step_failed(error)) for chunk, error in outcome.failed]
             self._faults_in_a_row = 0 if outcome.computed else self._faults_in_a_row + 1
@@ -207,7 +209,8 @@ class Engine:
 
     def _run(self, chunks: Items[Chunk]) -> Computed:
         batch = build_batch(chunks, self._kv, self._stacks, self._base.device)
-        return Computed(batch, self._runner.run(batch))
+        logits, hidden = self._runner.run(batch)
+        return Computed(batch, logits, hidden)
 
     def _measure(self, num_tokens: int, step_seconds: float) -> None:
         self._stats.steps += 1
@@ -343,12 +346,13 @@ class Engine:
         return text, None if stop is None else FinishReason.STOP, stop
 
     def _scored(self, sequence: Sequence) -> TokenEvent:
-        """End a sequence that only wanted its prompt scored."""
+        """End a sequence that only wanted its prompt scored or embedded."""
         self._finish(sequence)
         return TokenEvent(
             request_id=sequence.request.id,
             index=sequence.index,
             prompt_logprobs=_prompt_logprobs(sequence),
+            embedding=_embedding(sequence),
             finish_reason=FinishReason.LENGTH,
             prompt_tokens=sequence.num_prompt,
             queue_seconds=sequence.queue_seconds or 0.0,
@@ -387,3 +391,10 @@ def _step_failed(error: Exception) -> LorafleetError:
 def _prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprob, ...] | None:
     wanted = sequence.sampling.prompt_logprobs is not None and sequence.index == 0
     return tuple(sequence.prompt_logprobs) if wanted else None
+
+
+def _embedding(sequence: Sequence) -> tuple[float, ...] | None:
+    if sequence.hidden_sum is None:
+        return None
+    assert sequence.num_hidden == sequence.num_prompt
+    return tuple((sequence.hidden_sum / sequence.num_hidden).tolist())

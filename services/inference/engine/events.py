@@ -42,6 +42,7 @@ class TokenEvent:
         logprobs: one for each of `token_ids`, if asked for.
         prompt_logprobs: for every prompt token but the first, once, on the first event of sequence 0, if
             asked for.
+        embedding: the mean [hidden] of the prompt's last hidden states, on the last event, if asked for.
         finish_reason: set on the last event of the sequence.
         stop_cause: the stop string or the token id that ended it, with STOP.
         error: why, with ERROR.
@@ -57,6 +58,7 @@ class TokenEvent:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    embedding: tuple[float, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_cause: str | int | None = None
     error: LorafleetError | None = None

@@ -16,10 +16,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A batch that has been run, and its float32 logits [rows, vocabulary]."""
+    """A batch that has been run.
+
+    Attributes:
+        logits: [rows, vocabulary] float32.
+        hidden: [rows, hidden] what the output head was given.
+    """
 
     batch: Batch
     logits: Tensor
+    hidden: Tensor
 
 
 @dataclass(frozen=True, slots=True)

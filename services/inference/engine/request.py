@@ -77,6 +77,7 @@ class Request:
         tenant: who asks; nothing that is computed for one tenant is used for another.
         priority: among the tenant's own requests, higher runs first.
         constraint: what every output must fit; it alone decides where an output may end.
+        embeds: only the mean of the prompt's last hidden states is wanted; goes with `max_tokens` = 0.
     """
 
     id: str
@@ -87,6 +88,7 @@ class Request:
     tenant: str = ""
     priority: int = 0
     constraint: Constraint | None = None
+    embeds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +124,9 @@ class RequestLimits:
         if sampling.max_tokens is not None and sampling.max_tokens < 0:
             raise _out_of_range("max_tokens", sampling.max_tokens, "at least 0")
         scores_only = sampling.max_tokens == 0
-        if scores_only and (sampling.prompt_logprobs is None or sampling.n != 1):
-            raise _out_of_range("max_tokens", 0, "at least 1, or 0 with prompt_logprobs and n = 1")
+        is_wanted = request.embeds or sampling.prompt_logprobs is not None
+        if scores_only and not (is_wanted and sampling.n == 1):
+            raise _out_of_range("max_tokens", 0, "at least 1, or 0 with prompt_logprobs or embeds, and n = 1")
         wanted = self.max_tokens(request)
         if prompt + wanted > self.max_model_len or (wanted < 1 and not scores_only):
             raise InvalidArgument(

@@ -22,9 +22,9 @@ class Runner:
         self._base = base
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Tensor:
+    def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compute the batch, write its keys and values to the pages, and return float32 logits [rows,
-        vocabulary].
+        vocabulary] and what the output head was given [rows, hidden].
         """
         binding = self._base.binding
         binding.groups = batch.adapter_groups
@@ -40,10 +40,12 @@ class Runner:
                 logits_to_keep=batch.logit_rows,
                 step=replace(batch.attention, kernel=self._base.attention),
             )
+            hidden = binding.hidden
         finally:
             binding.clear()
+        assert hidden is not None, "the output head was run"
         logits: Tensor = output.logits[0]
-        return logits.float()
+        return logits.float(), hidden
 
     def recover(self) -> None:
         """After a failure: give cached device memory back, and see that the device still computes.

@@ -151,7 +151,7 @@ class Scheduler:
 
     def _take_memory(self, sequence: Sequence) -> bool:
         """Take blocks for all tokens so far, known ones where there are, and a pin on the adapter."""
-        if self._take_blocks_and_pin(sequence, is_reusing=not sequence.wants_prompt_logprobs):
+        if self._take_blocks_and_pin(sequence, is_reusing=not sequence.wants_every_row):
             return True
         # Known blocks may lie scattered over so much memory that the adapter has no room beside them.
         return not self.running and self._take_blocks_and_pin(sequence, is_reusing=False)

@@ -6,6 +6,8 @@ import enum
 from collections import Counter
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from services.inference.adapters.weights import AdapterWeights
 from services.inference.engine.constraint import ConstraintState
 from services.inference.engine.events import TokenLogprob
@@ -38,6 +40,7 @@ class Sequence:
         queued_at: when it arrived, on the engine's clock.
         queue_seconds: how long it then waited before it first ran; None while it waits.
         constraint: how far the output has come in the request's constraint.
+        hidden_sum: of the first `num_hidden` tokens' last hidden states [hidden], where the request embeds.
     """
 
     request: Request
@@ -55,6 +58,8 @@ class Sequence:
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     constraint: ConstraintState | None = None
+    hidden_sum: Tensor | None = None
+    num_hidden: int = 0
     num_cached: int | None = None
     arrival: int = 0
     chain: Chain = field(init=False)
@@ -93,6 +98,11 @@ class Sequence:
             and self.index == 0
             and len(self.prompt_logprobs) < self.num_prompt - 1
         )
+
+    @property
+    def wants_every_row(self) -> bool:
+        """Whether every token of the prompt has to be run and its row of logits or hidden states be kept."""
+        return self.request.embeds or self.wants_prompt_logprobs
 
     def append(self, token_id: int) -> None:
         """Add a chosen token."""

@@ -21,6 +21,7 @@ class StepBinding:
         groups: of the decoder's layers, by token.
         embedding_rows: of the input embedding, by token.
         head_rows: of the output head, by row of logits.
+        hidden: what the output head was given in this step [rows, hidden].
         kernel: what computes the linear layers in place of their torch forms, where there is one; it knows
             the rows' adapters itself.
     """
@@ -34,6 +35,7 @@ class StepBinding:
         self.groups: tuple[AdapterGroup, ...] = ()
         self.embedding_rows: tuple[EmbeddingRows, ...] = ()
         self.head_rows: tuple[HeadRows, ...] = ()
+        self.hidden: Tensor | None = None
         if self.kernel is not None:
             self.kernel.end()
 
@@ -78,9 +80,10 @@ class LoraHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x [1, rows, hidden] to logits [1, rows, vocabulary]."""
         y: Tensor = self.base(x)
+        self._binding.hidden = x.reshape(-1, x.shape[-1])
         rows = self._binding.head_rows
         if rows:
-            apply_head(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), rows)
+            apply_head(y.view(-1, y.shape[-1]), self._binding.hidden, rows)
         return y
 
 
