@@ -27,6 +27,8 @@ RENDER_LIMIT_SECONDS: Final = 1.0
 RENDER_LIMIT_CHARS: Final = 8 * 1024 * 1024
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PRIVATE_USE = range(0x100000, 0x10FFFE)
+_PLACEHOLDERS = re.compile("[\U00100000-\U0010fffd]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def check_messages(messages: Sequence[Message], *, field: str = "messages") -> N
                 value=item.name,
                 limit=limit,
             )
-        if not _is_text(item.content):
+        if not is_text(item.content):
             raise InvalidArgument(
                 "bad_messages",
                 f"{where}.content holds half a surrogate pair, which is not text.",
@@ -118,14 +120,15 @@ def _check_tool_calls(message: Message, where: str) -> None:
                 value=call.name,
                 limit=limit,
             )
-        if not _is_text(call.id) or not _is_text(_to_json(call.arguments)):
+        if not is_text(call.id) or not is_text(_to_json(call.arguments)):
             raise InvalidArgument(
                 "bad_messages", f"{field} holds half a surrogate pair, which is not text.", field=field
             )
 
 
-def _is_text(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def is_text(text: str) -> bool:
+    """Return whether no half of a surrogate pair stands in `text`."""
+    return text.isascii() or _SURROGATES.search(text) is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,11 @@ class Rendering:
 
     text: str
     placeholders: dict[int, str]
+
+    @property
+    def has_placeholders(self) -> bool:
+        """Whether any of them may stand in the text."""
+        return not self.text.isascii() and _PLACEHOLDERS.search(self.text) is not None
 
 
 class ChatTemplate:

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Encoding, Tokenizer
 
 from services.common.adapter_format.strict_json import StrictJsonError, parse_object
-from services.common.chat_template import ChatTemplate, Message, Rendering, check_messages
+from services.common.chat_template import ChatTemplate, Message, Rendering, check_messages, is_text
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.token_bytes import TokenBytes
 
@@ -229,9 +229,10 @@ class PromptEncoder:
             self._special_ids[alias_id] = token_id
 
     def _encode_rendering(self, rendering: Rendering) -> Encoding:
-        aliased = self._specials.sub(lambda match: self._aliases[match[0]], rendering.text)
-        # A placeholder and its character are one code point each, so offsets stay true.
-        text = aliased.translate(rendering.placeholders)
+        text = self._specials.sub(lambda match: self._aliases[match[0]], rendering.text)
+        if rendering.has_placeholders:
+            # A placeholder and its character are one code point each, so offsets stay true.
+            text = text.translate(rendering.placeholders)
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _plain_ids(self, encoding: Encoding) -> list[int]:
@@ -259,7 +260,7 @@ class PromptEncoder:
 
 
 def _checked(text: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_text(text):
         raise InvalidArgument(
             "invalid_value", "The text holds half a surrogate pair, which is not text.", field="text"
         )
