@@ -18,6 +18,9 @@ from services.common.fingerprint import BaseFingerprint
 
 RecordT = TypeVar("RecordT")
 
+_HEADS = ("lm_head", "embed_out")
+_EMBEDDINGS = ("embed_tokens", "embed_in")
+
 
 @dataclass(frozen=True, slots=True)
 class LinearLayer:
@@ -44,8 +47,18 @@ class BaseRecord:
     create_time_ms: int
 
     def module_table(self) -> dict[str, tuple[int, int]]:
-        """Return name -> (in_features, out_features)."""
-        return {layer.name: (layer.in_features, layer.out_features) for layer in self.linear_layers}
+        """Return name -> (in_features, out_features) of all that adapters may target: the linear layers, and
+        the ends of the model under each name that architectures give them.
+        """
+        table = {layer.name: (layer.in_features, layer.out_features) for layer in self.linear_layers}
+        decoders = {layer.name.partition(".layers.")[0] for layer in self.linear_layers}
+        table |= dict.fromkeys(_HEADS, (self.hidden_size, self.vocab_size))
+        table |= {
+            f"{decoder}.{name}": (self.vocab_size, self.hidden_size)
+            for decoder in decoders
+            for name in _EMBEDDINGS
+        }
+        return table
 
 
 @dataclass(frozen=True, slots=True)

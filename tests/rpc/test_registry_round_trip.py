@@ -29,6 +29,7 @@ PACKAGE = "lorafleet.registry.v1"
 SERVICE = f"{PACKAGE}.AdapterService"
 CHUNK_BYTES = 5000
 FINGERPRINT = other_fingerprint(weights_digest=sha256(b"a base with biases"))
+HIDDEN_SIZE, VOCAB_SIZE = 32, 40
 TOKENS = torch.arange(3, 23)[None]
 
 
@@ -38,11 +39,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("base")
     config = LlamaConfig(
-        hidden_size=32,
+        hidden_size=HIDDEN_SIZE,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        vocab_size=40,
+        vocab_size=VOCAB_SIZE,
         attention_bias=True,
     )
     with torch.random.fork_rng(devices=[]):
@@ -87,6 +88,7 @@ async def registry_address(place: Place) -> AsyncIterator[str]:
 
 def register_base(client: ReflectionClient, base: Path) -> None:
     model = base_message("biased", FINGERPRINT)
+    model.hidden_size, model.vocab_size = HIDDEN_SIZE, VOCAB_SIZE
     del model.linear_modules[:]
     for name, (in_features, out_features) in linear_module_table(base).items():
         model.linear_modules.add(name=name, in_features=in_features, out_features=out_features)
@@ -153,6 +155,7 @@ ALPHAS = {"layers.1.mlp.up_proj": 7, "q_proj": 3}
         ("LORA", 5, {"r": 4, "rank_pattern": RANKS}),
         ("LORA", 5, {"r": 4, "rank_pattern": RANKS, "alpha_pattern": ALPHAS, "use_rslora": True}),
         ("LORA", 2, {"r": 2, "layers_to_transform": [1], "layers_pattern": "layers"}),
+        ("LORA", 4, {"r": 4, "target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
         ("LORA_SCALE", 4, {"r": 4, "use_dora": True}),
         ("LORA_BIAS", 4, {"r": 4, "lora_bias": True}),
         ("LORA_BIAS", 4, {"r": 4, "bias": "lora_only"}),

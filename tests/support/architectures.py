@@ -21,15 +21,15 @@ class Architecture:
     Attributes:
         linears: every kind of linear layer inside the decoder's layers.
         few: what small adapters target: queries and values, or the layer that holds them.
-        head, embedding: the names of the ends of the model.
+        embedding: the name of the input embedding.
     """
 
     model_type: str
     settings: dict[str, Any] = field(default_factory=dict)
     linears: tuple[str, ...] = ALL_LINEAR_TARGETS
     few: tuple[str, ...] = QV_TARGETS
-    head: str = "lm_head"
     embedding: str = "embed_tokens"
+    has_experts: bool = False
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -73,23 +73,37 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gpt_neox": Architecture(
         "gpt_neox",
-        {"rotary_pct": 0.5},
+        {"rotary_pct": 0.5, "num_key_value_heads": None},
         linears=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
         few=("query_key_value",),
-        head="embed_out",
         embedding="embed_in",
     ),
     "olmo2": Architecture("olmo2"),
     "granite": Architecture(
         "granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5}
     ),
-    "mixtral": Architecture("mixtral", {"num_local_experts": 4}, linears=_ATTENTION),
+    "mixtral": Architecture("mixtral", {"num_local_experts": 4}, linears=_ATTENTION, has_experts=True),
     "qwen3_moe": Architecture(
         "qwen3_moe",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16},
         linears=_ATTENTION,
+        has_experts=True,
     ),
-    "olmoe": Architecture("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, linears=_ATTENTION),
+    "gpt_oss": Architecture(
+        "gpt_oss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "sliding_window": 6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        linears=_ATTENTION,
+        has_experts=True,
+    ),
+    "olmoe": Architecture(
+        "olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, linears=_ATTENTION, has_experts=True
+    ),
 }
 
 

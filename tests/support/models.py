@@ -169,6 +169,7 @@ def wrap_with_peft(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
+        warnings.filterwarnings("ignore", "`lora_bias=True` was passed but", PeftWarning)
         model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     return model
@@ -180,6 +181,7 @@ def load_peft_adapters(base: PreTrainedModel, adapters: Mapping[str, Path]) -> P
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
+        warnings.filterwarnings("ignore", "`lora_bias=True` was passed but", PeftWarning)
         model = PeftModel.from_pretrained(base, str(adapters[names[0]]), adapter_name=names[0])
     for name in names[1:]:
         model.load_adapter(str(adapters[name]), adapter_name=name)

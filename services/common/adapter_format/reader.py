@@ -39,7 +39,8 @@ def read_adapter(
     Args:
         config: the bytes of `adapter_config.json`.
         weights: the path of the safetensors file.
-        base_modules: name -> (in_features, out_features) of the base's linear layers; checked where given.
+        base_modules: name -> (in_features, out_features) of what may be adapted in the base: linear layers,
+            embeddings and its output head; checked where given.
         weights_digest: the digest of the file, from a caller that has just hashed it; else it is hashed here.
         limits: the largest sizes and values accepted.
 
@@ -64,7 +65,7 @@ def read_adapter(
             _module(name, layer, name in layout.embeddings, settings, base_modules)
             for name, layer in sorted(layout.layers.items())
         ]
-        head = _output_head(layout.head)
+        head = _output_head(layout.head, base_modules or {})
         changes_something = _scan(file, modules, layout, limits)
         digest = _digest_of(file) if weights_digest is None else weights_digest
     return AdapterSummary(
@@ -168,13 +169,16 @@ def _module(
     return module
 
 
-def _output_head(head: Head | None) -> OutputHead | None:
+def _output_head(head: Head | None, base_modules: ModuleTable) -> OutputHead | None:
     if head is None:
         return None
     _check_matrix(head.weight)
     out_features, in_features = head.weight.shape
     if head.bias is not None:
         _check_vector(head.bias, out_features)
+    # A classifier's head is not in the base, so it has any shape.
+    if head.name in base_modules:
+        _check_shape(head.name, (in_features, out_features), base_modules[head.name])
     return OutputHead(head.name, in_features, out_features, head.bias is not None)
 
 
@@ -192,12 +196,16 @@ def _check_vector(tensor: TensorInfo, length: int) -> None:
 
 def _check_base(module: LoraModule, base_modules: ModuleTable) -> None:
     expected = base_modules.get(module.name)
-    actual = (module.in_features, module.out_features)
     if expected is None:
-        message = f"The base has no linear layer {module.name}."
+        what = "embedding" if module.is_embedding else "linear layer"
+        message = f"The base has no {what} {module.name}."
         raise InvalidArgument("base_mismatch", message, field=FIELD, value=module.name)
+    _check_shape(module.name, (module.in_features, module.out_features), expected)
+
+
+def _check_shape(name: str, actual: tuple[int, int], expected: tuple[int, int]) -> None:
     if actual != expected:
-        message = f"Layer {module.name}: the adapter is for (in, out) {actual}, the base has {expected}."
+        message = f"Layer {name}: the adapter is for (in, out) {actual}, the base has {expected}."
         raise InvalidArgument("base_mismatch", message, field=FIELD, value=actual, limit=expected)
 
 

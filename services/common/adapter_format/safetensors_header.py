@@ -47,6 +47,8 @@ _METADATA_VALUES = 1000
 _METADATA = "__metadata__"
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
+# The upper half of a length below 4 GiB, and the first byte of the header.
+_END_OF_LENGTH = b"\0\0\0\0{"
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a zip archive (PyTorch saves those)",
     b"GGUF": "a GGUF file",
@@ -113,7 +115,8 @@ def _header_length(start: bytes, file_bytes: int, max_header_bytes: int) -> int:
     if file_bytes == 0:
         raise InvalidArgument("missing_file", "The weights file is empty.", field=FIELD)
     for magic, kind in _OTHER_FORMATS.items():
-        if start.startswith(magic):
+        # A length may begin with the same bytes: 1152 is 80 04 and six zeros.
+        if start.startswith(magic) and start[_LENGTH_BYTES // 2 :] != _END_OF_LENGTH:
             raise InvalidArgument("not_safetensors", f"The weights file is {kind}.", field=FIELD)
     if len(start) < _LENGTH_BYTES or (
         len(start) > _LENGTH_BYTES and start[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{"

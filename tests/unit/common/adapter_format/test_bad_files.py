@@ -94,6 +94,13 @@ def test_002_not_safetensors(tmp_path: Path, data: bytes) -> None:
     assert refused(lambda: read(tmp_path, weights=data)).reason == "not_safetensors"
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_002_a_length_that_looks_like_a_pickle_is_a_length(tmp_path: Path, length: int) -> None:
+    tensors = lora_tensors()
+    header = json.dumps(header_of(tensors)).encode().ljust(length)
+    assert read(tmp_path, weights=safetensors_bytes(tensors, header=header)).max_rank == 2
+
+
 @pytest.mark.parametrize("length", [DEFAULT_LIMITS.max_header_bytes + 1, 10**9, 2**40])
 def test_003_header_longer_than_the_cap(tmp_path: Path, length: int) -> None:
     path = write_weights(tmp_path, length.to_bytes(8, "little") + b"{" + bytes(5 * 1024 * 1024))

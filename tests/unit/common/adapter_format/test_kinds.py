@@ -121,6 +121,19 @@ def test_head_is_described(tmp_path: Path) -> None:
     assert read(tmp_path, tensors, modules_to_save=["score"]).head == OutputHead("score", 8, 3, True)
 
 
+def test_a_head_of_the_base_has_the_bases_shape(tmp_path: Path) -> None:
+    tensors = lora_tensors() | {f"{PREFIX}lm_head.weight": f32(9, 8)}
+    path, config = (
+        write_weights(tmp_path, safetensors_bytes(tensors)),
+        config_bytes(modules_to_save=["lm_head"]),
+    )
+    table = {MODULE: (IN_FEATURES, OUT_FEATURES), "lm_head": (8, 9)}
+    assert read_adapter(config, path, base_modules=table).head == OutputHead("lm_head", 8, 9, False)
+    with pytest.raises(InvalidArgument) as caught:
+        read_adapter(config, path, base_modules=table | {"lm_head": (8, 10)})
+    assert (caught.value.reason, caught.value.value) == ("base_mismatch", "(8, 9)")
+
+
 @pytest.mark.parametrize(
     ("missing", "config"),
     [
