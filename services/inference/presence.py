@@ -61,6 +61,7 @@ class Presence:
         self._adapters = adapters
         self._clock = clock
         self._is_draining = False
+        self._is_over = False
         self._told_load: Load | None = None
         self._told_adapters: dict[str, str] | None = None
         self._told_at = 0.0
@@ -69,10 +70,13 @@ class Presence:
     async def run(self) -> None:
         """Publish until cancelled; then take the replica's keys away."""
         is_heard = True
+        writing: asyncio.Future[None] | None = None
         try:
             while True:
                 try:
-                    await self.publish()
+                    # Never cut in the middle, which would leave a connection in an unknown state.
+                    writing = asyncio.ensure_future(self.publish())
+                    await asyncio.shield(writing)
                     is_heard = True
                     await asyncio.sleep(_INTERVAL_SECONDS)
                 except LorafleetError as error:
@@ -84,12 +88,17 @@ class Presence:
                     self._told_adapters = None
                     await asyncio.sleep(_PAUSE_SECONDS)
         finally:
+            if writing is not None:
+                await asyncio.gather(writing, return_exceptions=True)
+            self._is_over = True
             await self._withdraw()
             await self._redis.aclose()
 
     async def drain(self) -> None:
-        """Tell routers at once that this replica takes no new requests."""
+        """Tell routers at once that this replica takes no new requests; nothing after `run` has ended."""
         self._is_draining = True
+        if self._is_over:
+            return
         try:
             await self.publish()
         except LorafleetError as error:

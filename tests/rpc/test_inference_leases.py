@@ -48,10 +48,9 @@ async def fleet(base: Path, folders: dict[str, Path], tmp_path: Path, redis_url:
         yield fleet
 
 
-async def holders(redis_url: str, digest: str) -> list[bytes]:
+async def holders(redis_url: str, digest: str) -> list[Any]:
     async with redis.asyncio.Redis.from_url(redis_url) as client:
-        found: list[bytes] = await client.zrange(f"lease:registry:version:acme:{digest}", 0, -1)
-    return found
+        return list(await client.zrange(f"lease:registry:version:acme:{digest}", 0, -1))
 
 
 async def until(condition: Callable[[], Any]) -> None:

@@ -266,7 +266,7 @@ async def running_inference(settings: InferenceSettings) -> AsyncIterator[tuple[
 
 
 @asynccontextmanager
-async def running_fleet(base: Path, folder: Path, redis_url: str, **changes: Any) -> AsyncIterator[Fleet]:
+async def running_fleet(base: Path, folder: Path, redis_url: str, /, **changes: Any) -> AsyncIterator[Fleet]:
     """Run both; yield them once inference serves."""
     async with AsyncExitStack() as stack:
         place = Place.in_directory(redis_url, folder / "store")
