@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from pydantic import SecretStr
 from redis import exceptions
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -16,6 +16,7 @@ from services.common.errors import Unavailable
 COMMAND_TIMEOUT_SECONDS = 5.0
 CONNECT_TIMEOUT_SECONDS = 2.0
 HEALTH_CHECK_SECONDS = 15
+MAX_CONNECTIONS = 32
 RETRY_AFTER_SECONDS = 1.0
 
 # Answers of a server that works, but not for us or not now. All others are mistakes in our commands.
@@ -35,6 +36,8 @@ _REFUSALS = (
 def open_index(url: SecretStr, *, blocking: bool = False) -> Redis:
     """Return a client for the index; it connects at its first command and answers in bytes.
 
+    At most `MAX_CONNECTIONS` commands are under way; others wait for a connection as long as for an answer.
+
     The client never repeats a command by itself: after a time-out nobody knows whether the server has run it,
     and an INCR sent twice counts twice. The caller repeats what is idempotent.
 
@@ -43,14 +46,17 @@ def open_index(url: SecretStr, *, blocking: bool = False) -> Redis:
         blocking: for commands that wait on the server (XREAD BLOCK, BLPOP): no time-out on answers. Give such
             commands a connection of their own.
     """
-    return Redis.from_url(
+    pool = BlockingConnectionPool.from_url(
         url.get_secret_value(),
+        max_connections=MAX_CONNECTIONS,
+        timeout=COMMAND_TIMEOUT_SECONDS,
         socket_timeout=None if blocking else COMMAND_TIMEOUT_SECONDS,
         socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
         health_check_interval=HEALTH_CHECK_SECONDS,
         retry=Retry(NoBackoff(), 0),
         decode_responses=False,
     )
+    return Redis.from_pool(pool)
 
 
 @contextmanager

@@ -10,21 +10,35 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from services.common.errors import FailedPrecondition
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"
+# Steps of a decoder that join the bytes of tokens; a space stripped at a text's beginning is no matter here.
+_JOINING_STEPS = frozenset({"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Strip"})
 
 
 class TokenBytes:
     """Maps token ids to bytes; a token may be a part of a character.
 
-    Special and other added tokens stand for their own text. An id that the tokenizer does not know (bases
-    round their vocabularies up) stands for nothing.
+    Special and other added tokens stand for their own text, or special ones for none. An id that the
+    tokenizer does not know (bases round their vocabularies up) stands for nothing.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, special_tokens_have_text: bool = True) -> None:
+        """Read a tokenizer.
+
+        Raises:
+            FailedPrecondition: `tokenizer_unsupported` where its decoder does more than to join bytes.
+        """
         decoder = json.loads(tokenizer.to_str())["decoder"] or {}
-        is_byte_level = any(step["type"] == "ByteLevel" for step in _steps(decoder))
-        added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+        steps = list(_steps(decoder))
+        _check(steps)
+        is_byte_level = any(step["type"] == "ByteLevel" for step in steps)
+        added = {
+            token_id: "" if token.special and not special_tokens_have_text else token.content
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        }
         self._bytes: dict[int, bytes] = {
             token_id: _byte_level(token) if is_byte_level else _piece(token)
             for token, token_id in tokenizer.get_vocab(with_added_tokens=False).items()
@@ -41,6 +55,19 @@ def _steps(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from _steps(step)
     elif decoder:
         yield decoder
+
+
+def _check(steps: list[dict[str, Any]]) -> None:
+    for step in steps:
+        is_word_start = step["type"] == "Replace" and step["pattern"] == {"String": _WORD_START}
+        if step["type"] not in _JOINING_STEPS and not (is_word_start and step["content"] == " "):
+            raise FailedPrecondition(
+                "tokenizer_unsupported",
+                f"The tokenizer's decoder has a step {step['type']}; its text cannot be streamed.",
+                field="tokenizer.json",
+                value=step["type"],
+                limit=", ".join(sorted(_JOINING_STEPS)),
+            )
 
 
 def _byte_level(token: str) -> bytes:

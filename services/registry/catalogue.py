@@ -8,6 +8,7 @@ that read is answered.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 from collections.abc import AsyncIterator
@@ -17,8 +18,9 @@ from typing import Any
 from services.common.errors import Unavailable
 from services.common.failpoints import failpoint
 from services.common.store import ObjectStore
-from services.registry.index import Command, Index, highest_version_command
+from services.registry.index import Command, Index, commands_for, highest_version_command
 from services.registry.journal import Journal
+from services.registry.read_cache import ReadCache
 from services.registry.records import (
     AliasMove,
     BaseRecord,
@@ -35,6 +37,7 @@ from services.registry.writer import Writer
 _logger = logging.getLogger("lorafleet.registry")
 
 _ATTEMPTS = 3
+_PAUSE_SECONDS = 0.5
 
 # What the failpoints around the writing of each record are called by.
 _PLACES: dict[type[Record], str] = {
@@ -58,6 +61,8 @@ class Catalogue:
         self._changed = asyncio.Event()
         self._lock = asyncio.Lock()
         self._num_records: int | None = None
+        self._cache = ReadCache()
+        self._return: asyncio.Task[None] | None = None
 
     async def rebuild(self) -> int:
         """Rebuild the index from the store; return the number of records."""
@@ -68,12 +73,26 @@ class Catalogue:
     async def query(self, *commands: Command) -> list[Any]:
         """Run reads as one transaction on an index that holds every record.
 
+        While the index is away, what was asked before is answered as before: nothing can have been written.
+
         Raises:
             Unavailable: store or index cannot be reached, or another process serves this store.
         """
-        await self._hold()
+        if self._return is not None and (known := await self._remembered(commands)) is not None:
+            return known
+        try:
+            return await self._fresh(commands)
+        except Unavailable as error:
+            if error.reason != "store_unavailable" or (known := await self._remembered(commands)) is None:
+                raise
+            self._return = self._return or asyncio.create_task(self._wait_for_index())
+            return known
+
+    async def _fresh(self, commands: tuple[Command, ...]) -> list[Any]:
+        self._note(await self._writer.hold_for_reading())
         held, answers = await self._index.query(commands)
         if self._is_current(held):
+            self._cache.keep(commands, answers)
             return answers
         # A write may be under way: with the lock it is finished, and the second look decides. A rebuild goes
         # on although the caller's time ran out, for the next caller needs it too.
@@ -101,16 +120,41 @@ class Catalogue:
 
     async def close(self) -> None:
         """Let the next process write, and close the index's connections."""
+        if self._return is not None:
+            self._return.cancel()
+            await asyncio.wait([self._return])
         try:
             await self._writer.release()
         finally:
             await self._index.close()
 
     async def _hold(self) -> None:
-        epoch = await self._writer.hold()
+        self._note(await self._writer.hold())
+
+    def _note(self, epoch: int) -> None:
         if epoch != self._epoch:
             # Another process may have written in between.
             self._epoch, self._num_records = epoch, None
+            self._cache.clear()
+
+    async def _remembered(self, commands: tuple[Command, ...]) -> list[Any] | None:
+        known = self._cache.find(commands)
+        if known is not None:
+            await self._writer.check_not_superseded()
+        return known
+
+    async def _wait_for_index(self) -> None:
+        """Return when the index answers again; meanwhile no read waits for it that memory can answer."""
+        _logger.warning("the index is away; reads are answered from memory")
+        try:
+            while True:
+                await asyncio.sleep(_PAUSE_SECONDS)
+                with contextlib.suppress(Unavailable):
+                    await self._index.num_records()
+                    return
+        finally:
+            self._return = None
+            _logger.info("the index is asked again")
 
     def _tell_watchers(self) -> None:
         self._changed.set()
@@ -137,6 +181,7 @@ class Catalogue:
             await self._check_locked()
         assert self._num_records is not None
         record = self._marked(record, self._num_records + 1)
+        self._cache.overwritten(commands_for(record))
         place = _PLACES[type(record)]
         failpoint(f"{place}.before_record")
         before, self._num_records = self._num_records, None
@@ -165,6 +210,7 @@ class Catalogue:
 
     async def _rebuild_locked(self) -> int:
         self._num_records = None
+        self._cache.clear()
         for _ in range(_ATTEMPTS):
             snapshot = await asyncio.to_thread(self._journal.snapshot, repair=True)
             numbers = [

@@ -10,6 +10,7 @@ index notice each other: the newer one writes, the older one stops.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 import psutil
 from redis.asyncio import Redis
 
-from services.common.errors import Unavailable
+from services.common.errors import LorafleetError, Unavailable
 from services.common.index_connection import index_errors
 from services.common.store import ObjectStore
 
@@ -29,6 +30,8 @@ LEASE_KEY = "lease:registry:writer"
 EPOCHS = "writers/"
 LEASE_SECONDS = 15.0
 RENEW_SECONDS = 3.0
+# Reads go on that long while the lease is renewed behind them; it lasts longer.
+READ_SECONDS = 10.0
 
 _logger = logging.getLogger("lorafleet.registry")
 
@@ -51,7 +54,11 @@ class Writer:
         self._redis = redis
         self.token = _holder()
         self._epoch: int | None = None
+        self._last_epoch: int | None = None
         self._renew_at = 0.0
+        self._read_until = 0.0
+        self._store_asked_again_at = 0.0
+        self._renewal: asyncio.Task[None] | None = None
         self._is_superseded = False
         self._lock = asyncio.Lock()
 
@@ -66,20 +73,55 @@ class Writer:
             return self._epoch
         async with self._lock:
             if self._epoch is None or time.monotonic() >= self._renew_at:
-                self._epoch = await self._renewed()
+                try:
+                    self._epoch = self._last_epoch = await self._renewed()
+                except LorafleetError:
+                    self._epoch = None
+                    raise
             return self._epoch
+
+    async def hold_for_reading(self) -> int:
+        """As `hold`, but a renewal is not waited for while the lease lasts anyhow."""
+        if self._epoch is None or time.monotonic() >= self._read_until:
+            return await self.hold()
+        if time.monotonic() >= self._renew_at and (self._renewal is None or self._renewal.done()):
+            self._renewal = asyncio.create_task(self._renew())
+        return self._epoch
+
+    async def check_not_superseded(self) -> None:
+        """Ask the store alone whether this is the last process that wrote; for reads without an index.
+
+        Raises:
+            Unavailable: `not_the_writer`, where it is not; `store_unavailable`.
+        """
+        assert self._last_epoch is not None, "there is nothing to read before the first epoch"
+        if self._is_superseded:
+            raise _superseded()
+        if time.monotonic() >= self._store_asked_again_at:
+            if await asyncio.to_thread(self._highest_epoch) > self._last_epoch:
+                self._is_superseded = True
+                raise _superseded()
+            self._store_asked_again_at = time.monotonic() + RENEW_SECONDS
 
     async def release(self) -> None:
         """Let the next process in at once."""
+        if self._renewal is not None:
+            self._renewal.cancel()
+            await asyncio.wait([self._renewal])
         if self._epoch is not None:
             self._epoch = None
             with index_errors():
                 await self._redis.eval(_RELEASE, 1, LEASE_KEY, self.token)
 
+    async def _renew(self) -> None:
+        # A caller that has to wait for it is told what is wrong.
+        with contextlib.suppress(LorafleetError):
+            await self.hold()
+
     async def _renewed(self) -> int:
         if self._is_superseded:
             raise _superseded()
-        epoch, self._epoch = self._epoch, None
+        epoch = self._epoch
         started = time.monotonic()
         await self._take()
         if epoch is None:
@@ -88,7 +130,7 @@ class Writer:
         elif await asyncio.to_thread(self._highest_epoch) > epoch:
             self._is_superseded = True
             raise _superseded()
-        self._renew_at = started + RENEW_SECONDS
+        self._renew_at, self._read_until = started + RENEW_SECONDS, started + READ_SECONDS
         return epoch
 
     async def _take(self) -> None:

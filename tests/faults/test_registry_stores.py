@@ -53,16 +53,67 @@ async def test_row_121_the_index_goes_and_comes_back(tmp_path: Path, end: signal
     try:
         place = Place.in_directory(server.url, tmp_path / "objects")
         async with registry_client(place) as client:
-            await client.publish(Upload.made(0), key="a")
+            first = await client.publish(Upload.made(0), key="a")
+            await client.set_alias("prod", 1)
+            refs = ("billing", "billing:1", "billing@prod", f"billing@{first.digest}")
+            before = [await client.resolve(ref) for ref in refs]
+            load = asyncio.create_task(resolve_for_ever(client))
             os.kill(server.pid, end)
             server.stop()
-            assert await reason_of(client.publish(Upload.made(1), key="b")) == "store_unavailable"
-            assert await reason_of(client.resolve("billing")) == "store_unavailable"
+            with pytest.raises(LorafleetError) as refused:
+                await client.publish(Upload.made(1), key="b")
+            assert refused.value.reason == "store_unavailable"
+            assert refused.value.retry_after_seconds is not None
+            assert [await client.resolve(ref) for ref in refs] == before
+            assert await client.download("billing@prod", WEIGHTS) == Upload.made(0).weights
+            # Of what was not asked before nothing is known, not even that it is not there.
+            assert await reason_of(client.resolve("other")) == "store_unavailable"
             server = EmbeddedValkey.start(tmp_path / "valkey", port=server.port)
-            await eventually(lambda: client.resolve("billing"), within_seconds=5)
-            assert (await client.publish(Upload.made(1), key="b")).version == 2
+            await eventually(lambda: client.publish(Upload.made(1), key="b"), within_seconds=5)
+            assert (await client.resolve("billing")).version == 2
+            load.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await load
     finally:
         server.stop()
+
+
+async def resolve_for_ever(client: Client) -> None:
+    while True:
+        assert (await client.resolve("billing")).version in (1, 2)
+        await asyncio.sleep(0.01)
+
+
+async def test_row_121_an_answer_from_memory_is_never_older_than_a_write(tmp_path: Path) -> None:
+    server = EmbeddedValkey.start(tmp_path / "valkey")
+    try:
+        async with registry_client(Place.in_directory(server.url, tmp_path / "objects")) as client:
+            await client.publish(Upload.made(0))
+            await client.set_alias("prod", 1)
+            assert (await client.resolve("billing@prod")).version == 1
+            await client.publish(Upload.made(1))
+            await client.set_alias("prod", 2)
+            server.stop()
+            # The move overwrote what was known, and nobody asked since.
+            assert await reason_of(client.resolve("billing@prod")) == "store_unavailable"
+    finally:
+        server.stop()
+
+
+async def test_row_121_memory_is_silent_once_another_registry_wrote(tmp_path: Path) -> None:
+    first, second = (EmbeddedValkey.start(tmp_path / name) for name in ("first", "second"))
+    try:
+        place = Place.in_directory(first.url, tmp_path / "objects")
+        async with registry_client(place) as client:
+            await client.publish(Upload.made(0))
+            await client.resolve("billing")
+            first.stop()
+            async with registry_client(dataclasses.replace(place, redis_url=second.url)) as other:
+                assert (await other.publish(Upload.made(1))).version == 2
+                assert await reason_of(client.resolve("billing")) == "not_the_writer"
+    finally:
+        first.stop()
+        second.stop()
 
 
 async def test_row_123_a_damaged_index_file_costs_no_version(tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ async def test_stream_is_whole_characters_and_equals_its_tokens(fleet: Fleet) ->
         text = await fleet.client.call(
             fleet.client.stub.Detokenize, calls.DetokenizeRequest(token_ids=stream.tokens)
         )
-        assert stream.only.text == text.text
+        # A character that the length cut off is dropped; as the end of a whole text it is broken.
+        assert text.text in (stream.only.text, stream.only.text + "\ufffd")
     whole = "é🚢 \u2028\x00\r\n日本"
     tokens = (
         await fleet.client.call(fleet.client.stub.Tokenize, calls.TokenizeRequest(text=whole))

@@ -139,3 +139,17 @@ class Reference:
                 return getattr(self._model, method)(**inputs)
         self._model.set_adapter(adapter)
         return getattr(self._model, method)(**inputs)
+
+
+class PlainPages:
+    """KV blocks of one byte without anything behind them; notes what is released."""
+
+    block_bytes = 1
+
+    def __init__(self, num_blocks: int, extent_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.extent_blocks = extent_blocks
+        self.released: list[int] = []
+
+    def release(self, extent: int) -> None:
+        self.released.append(extent)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from services.common.errors import AlreadyExists, DeadlineExceeded, Internal, LorafleetError
+from services.common.token_bytes import TokenBytes
 from services.inference.adapters.cache import AdapterCache
 from services.inference.adapters.lease import Lease
 from services.inference.adapters.slots import StackCache
@@ -93,6 +94,7 @@ class Engine:
             blocks, policy, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs
         )
         self._eos_token_ids = base.eos_token_ids
+        self._token_text = TokenBytes(base.tokenizer.backend_tokenizer, special_tokens_have_text=False)
         self._runner = Runner(base)
         self._sampler = Sampler(base.eos_token_ids)
         self._live: dict[str, list[Sequence]] = {}
@@ -220,7 +222,7 @@ class Engine:
             index=index,
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
             max_tokens=self.limits.max_tokens(request),
-            text=TextStream(self._base.tokenizer, request.prompt_token_ids, sampling.stop),
+            text=TextStream(self._token_text, request.prompt_token_ids, sampling.stop),
             token_ids=list(request.prompt_token_ids),
             queued_at=self._clock(),
             constraint=None if request.constraint is None else request.constraint.start(),
@@ -334,7 +336,7 @@ class Engine:
         text, stop = sequence.text.push(token_id, look_for_stops=may_stop)
         is_complete = sequence.constraint is not None and sequence.constraint.is_complete
         if stop is None and (is_complete or sequence.num_output >= sequence.max_tokens):
-            rest, stop = sequence.text.flush()
+            rest, stop = sequence.text.flush(is_cut=not is_complete)
             text += rest
             if stop is None:
                 return text, FinishReason.STOP if is_complete else FinishReason.LENGTH, None

@@ -128,10 +128,10 @@ class Scheduler:
         group = self._groups[sequence.request.id]
         if group.lease is not None and not group.lease.ready:
             return False
-        if not self._blocks.is_caching or sequence.num_prompt <= self._blocks.block_size:
-            return True
+        size = self._blocks.block_size
+        shareable = (sequence.num_prompt - 1) // size * size if self._blocks.is_caching else 0
         return not any(
-            sibling.phase is Phase.RUNNING and sibling.num_pending > 1 for sibling in group.sequences
+            sibling.phase is Phase.RUNNING and sibling.num_computed < shareable for sibling in group.sequences
         )
 
     def _take_all(self, sequence: Sequence) -> bool:

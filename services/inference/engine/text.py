@@ -2,73 +2,54 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence as Tokens
 from typing import Protocol
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A character has at most four bytes, and so at most four tokens; more tokens than this without a complete
-# character are not the beginning of one.
-_MAX_HELD_TOKENS = 8
-# Bytes that are no text at all may come without end; what is decoded again and again must not grow with them.
-_MAX_WINDOW_TOKENS = 64
-_CONTEXT_TOKENS = 6
+# A character has at most four bytes, and so at most three tokens before the one that completes it.
+_MAX_OPEN_TOKENS = 3
+
+_Utf8 = codecs.getincrementaldecoder("utf-8")
 
 
-class Decoder(Protocol):
-    """What is needed of a tokenizer."""
+class TokenText(Protocol):
+    """What is needed of a tokenizer: the bytes of each id, none for control tokens."""
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+    def __getitem__(self, token_id: int) -> bytes: ...
 
 
 class Detokenizer:
     """Turns a stream of tokens into text, holding back the bytes of an unfinished character.
 
-    The text of a token depends on its neighbours (a leading space, the bytes of one character), so each new
-    token is decoded together with those before it, and what is new in the result is emitted.
+    Bytes that are no UTF-8 become replacement characters as Unicode recommends (one for each maximal part of
+    a character), so the pieces make the same text as all bytes decoded at once.
     """
 
-    def __init__(self, decoder: Decoder, prompt_token_ids: Tokens[int]) -> None:
-        self._decoder = decoder
-        self._tokens = list(prompt_token_ids[-_CONTEXT_TOKENS:])
-        while len(self._tokens) > 1 and self._decode(self._tokens).startswith(_REPLACEMENT):
-            del self._tokens[0]
-        # The part of the tokens' text that belongs to the prompt or has been emitted.
-        self._known = self._decode(self._tokens)
-        self._num_held = 0
+    def __init__(self, token_text: TokenText, prompt_token_ids: Tokens[int]) -> None:
+        self._token_text = token_text
+        self._utf8 = _Utf8(errors="replace")
+        self._utf8.decode(b"".join(token_text[token_id] for token_id in prompt_token_ids[-_MAX_OPEN_TOKENS:]))
+        # The prompt's last character may be unfinished. If the output does not finish it, that is no text.
+        self._is_open_from_prompt = self._holds
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that is now certain."""
-        self._tokens.append(token_id)
-        self._num_held += 1
-        text = self._decode(self._tokens)
-        if not text.endswith(_REPLACEMENT) or self._num_held >= _MAX_WINDOW_TOKENS:
-            return self._emit(text, is_settled=True)
-        if self._num_held < _MAX_HELD_TOKENS:
-            return ""
-        # So many bytes are not one character: only the last mark may still become one.
-        return self._emit(text[:-1], is_settled=False)
+        return self._told(self._utf8.decode(self._token_text[token_id]))
 
-    def flush(self) -> str:
-        """Return what is held back, as it stands."""
-        return self._emit(self._decode(self._tokens), is_settled=True)
+    def flush(self, *, is_cut: bool) -> str:
+        """Return what is held back: the mark of a broken character, or nothing where the output `is_cut`."""
+        return "" if is_cut else self._told(self._utf8.decode(b"", True))
 
-    def _emit(self, text: str, *, is_settled: bool) -> str:
-        known = self._known
-        # A prompt that ends within a character has its replacement mark replaced by what completes it.
-        while known.endswith(_REPLACEMENT) and not text.startswith(known):
-            known = known[:-1]
-        new = text[len(known) :]
-        self._known = text
-        if is_settled and (new or len(self._tokens) > _MAX_WINDOW_TOKENS):
-            # What was just emitted is the context of what comes next; a token without text would be a poor
-            # one.
-            self._tokens = self._tokens[-self._num_held if new else -_CONTEXT_TOKENS :]
-            self._known = self._decode(self._tokens)
-            self._num_held = 0
-        return new
+    @property
+    def _holds(self) -> bool:
+        return bool(self._utf8.getstate()[0])
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._decoder.decode(token_ids, skip_special_tokens=True)
+    def _told(self, text: str) -> str:
+        if self._is_open_from_prompt and text:
+            self._is_open_from_prompt = False
+            return text.removeprefix(_REPLACEMENT)
+        return text
 
 
 class StopMatcher:
@@ -110,8 +91,8 @@ class StopMatcher:
 class TextStream:
     """The text of one sequence."""
 
-    def __init__(self, decoder: Decoder, prompt_token_ids: Tokens[int], stops: tuple[str, ...]) -> None:
-        self._detokenizer = Detokenizer(decoder, prompt_token_ids)
+    def __init__(self, token_text: TokenText, prompt_token_ids: Tokens[int], stops: tuple[str, ...]) -> None:
+        self._detokenizer = Detokenizer(token_text, prompt_token_ids)
         self._matcher = StopMatcher(stops)
 
     def push(self, token_id: int, *, look_for_stops: bool) -> tuple[str, str | None]:
@@ -124,7 +105,11 @@ class TextStream:
             return text, None
         return self._matcher.push(text)
 
-    def flush(self) -> tuple[str, str | None]:
-        """End the stream: return the rest of the text, up to a stop string if the rest completes one."""
-        text, stop = self._matcher.push(self._detokenizer.flush())
+    def flush(self, *, is_cut: bool = False) -> tuple[str, str | None]:
+        """End the stream: return the rest of the text, up to a stop string if the rest completes one.
+
+        Where the output `is_cut`, by its length, the beginning of a character is dropped: the model might
+        have completed it.
+        """
+        text, stop = self._matcher.push(self._detokenizer.flush(is_cut=is_cut))
         return (text, stop) if stop is not None else (text + self._matcher.flush(), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence as Items
 
 from hypothesis import given
@@ -16,9 +17,8 @@ from services.inference.engine.scheduler import Scheduler
 from services.inference.engine.sequence import Sequence
 from services.inference.engine.text import TextStream
 from tests.support.engines import PlainPages
-from tests.support.models import byte_tokenizer
 
-TOKENIZER = byte_tokenizer()
+NO_TEXT: defaultdict[int, bytes] = defaultdict(bytes)
 
 
 class Clock:
@@ -63,7 +63,7 @@ class Bench:
             tenant=tenant,
             priority=priority,
         )
-        text = TextStream(TOKENIZER, request.prompt_token_ids, ())
+        text = TextStream(NO_TEXT, request.prompt_token_ids, ())
         sequence = Sequence(request, 0, 0, output, text, list(request.prompt_token_ids), self.clock.now)
         self.scheduler.add([sequence], None)
         return request.id

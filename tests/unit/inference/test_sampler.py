@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from services.common.token_bytes import TokenBytes
 from services.inference.engine.request import Request, SamplingParams
 from services.inference.engine.sampler import Sampler, score, uniform
 from services.inference.engine.sequence import Sequence
@@ -18,7 +19,7 @@ from tests.support.models import byte_tokenizer
 
 VOCAB = 50
 EOS = 0
-TOKENIZER = byte_tokenizer()
+TOKENIZER = TokenBytes(byte_tokenizer().backend_tokenizer)
 SAMPLER = Sampler(frozenset({EOS}))
 
 

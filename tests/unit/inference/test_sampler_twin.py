@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from services.common.token_bytes import TokenBytes
 from services.inference.engine import sampler
 from services.inference.engine.request import Request, SamplingParams
 from services.inference.engine.sampler import Sampler, uniform
@@ -22,7 +23,7 @@ from tests.support.models import byte_tokenizer
 
 VOCAB = 40
 EOS = frozenset({0, 1})
-TOKENIZER = byte_tokenizer()
+TOKENIZER = TokenBytes(byte_tokenizer().backend_tokenizer)
 
 
 def sequence(prompt: list[int], output: list[int], index: int, sampling: dict[str, Any]) -> Sequence:
