@@ -119,6 +119,19 @@ class AsyncJobs:
         async for event in self._connection.stream(self._stub.WatchJob, request):
             yield event
 
+    async def past_events(self, job_id: str) -> list[job_pb2.JobEvent]:
+        """Return the events so far, oldest first."""
+        found: list[job_pb2.JobEvent] = []
+        token = ""
+        while True:
+            request = trainer_service_pb2.ListEventsRequest(job_id=job_id, page_size=1000, page_token=token)
+            answer = trainer_service_pb2.ListEventsResponse
+            page = await self._call(self._stub.ListEvents, request, answer)
+            found += page.events
+            token = page.next_page_token
+            if not token:
+                return found[::-1]
+
     async def wait(self, job_id: str) -> job_pb2.Job:
         """Return the job once it has ended, in whatever way."""
         async for _ in self.events(job_id):

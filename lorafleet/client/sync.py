@@ -183,6 +183,10 @@ class Jobs:
         """Yield the events after the one with the id `after`, and live ones until the job has ended."""
         return self._iterate(lambda: self._calls.events(job_id, after=after))
 
+    def past_events(self, job_id: str) -> list[job_pb2.JobEvent]:
+        """Return the events so far, oldest first."""
+        return self._run(self._calls.past_events(job_id))
+
     def wait(self, job_id: str) -> job_pb2.Job:
         """Return the job once it has ended, in whatever way."""
         return self._run(self._calls.wait(job_id))
