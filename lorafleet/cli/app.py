@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
+from lorafleet.cli.adapters import alias, pull, push, rm, rollback, show
 from lorafleet.cli.bakeoff import bakeoff
+from lorafleet.cli.bench import bench
+from lorafleet.cli.compare import compare
 from lorafleet.cli.demo import demo
 from lorafleet.cli.jobs import jobs
 from lorafleet.cli.listing import list_adapters
+from lorafleet.cli.logs import logs
+from lorafleet.cli.resident import ps
 from lorafleet.cli.run import run
 from lorafleet.cli.status import status
 from lorafleet.cli.train import train
@@ -19,15 +26,30 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(up)
-app.command()(down)
-app.command()(status)
-app.command()(train)
-app.command()(jobs)
-app.command("list")(list_adapters)
-app.command()(run)
-app.command()(demo)
-app.command()(bakeoff)
+# In the order of a first day.
+_COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
+    ("up", up),
+    ("down", down),
+    ("status", status),
+    ("train", train),
+    ("jobs", jobs),
+    ("logs", logs),
+    ("run", run),
+    ("compare", compare),
+    ("list", list_adapters),
+    ("show", show),
+    ("ps", ps),
+    ("push", push),
+    ("pull", pull),
+    ("alias", alias),
+    ("rollback", rollback),
+    ("rm", rm),
+    ("bench", bench),
+    ("demo", demo),
+    ("bakeoff", bakeoff),
+)
+for name, command in _COMMANDS:
+    app.command(name)(command)
 
 
 def main() -> None:

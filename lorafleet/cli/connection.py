@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 from lorafleet.api import Api
+from lorafleet.client import Client
+from lorafleet.client.target import TARGET_VARIABLE
 from lorafleet.fleet.config import FleetConfig
 from lorafleet.fleet.errors import FleetError
 from lorafleet.fleet.launch import API_KEY_SECRET
@@ -21,7 +23,12 @@ def state_folder(path: Path | None) -> StateFolder:
 
 
 def connect(path: Path | None) -> Api:
-    """Return a connection to `$LORAFLEET_URL` with `$LORAFLEET_API_KEY`, else to the fleet of a state folder.
+    """Return a connection to the HTTP door; see `coordinates`."""
+    return Api(*coordinates(path))
+
+
+def coordinates(path: Path | None) -> tuple[str, str]:
+    """Return `$LORAFLEET_URL` and `$LORAFLEET_API_KEY`, else base URL and key of the fleet of a state folder.
 
     Raises:
         FleetError: neither names a fleet.
@@ -31,9 +38,29 @@ def connect(path: Path | None) -> Api:
         key = os.environ.get(_KEY_VARIABLE)
         if not key:
             raise FleetError(f"{_URL_VARIABLE} is set, and {_KEY_VARIABLE} is not")
-        return Api(url, key)
+        return url, key
+    config, api_key = _local(path)
+    return f"{config.url}/v1", api_key
+
+
+def connect_rpc(path: Path | None) -> Client:
+    """Return a connection to `$LORAFLEET_GRPC_TARGET`, else to the gRPC door of the fleet of a state folder.
+
+    Raises:
+        FleetError: neither names a fleet.
+    """
+    target, key = os.environ.get(TARGET_VARIABLE), os.environ.get(_KEY_VARIABLE)
+    if target and path is None:
+        if not key:
+            raise FleetError(f"{TARGET_VARIABLE} is set, and {_KEY_VARIABLE} is not")
+        return Client(target, key)
+    config, api_key = _local(path)
+    return Client(config.grpc_target, api_key)
+
+
+def _local(path: Path | None) -> tuple[FleetConfig, str]:
     state = state_folder(path)
     config, api_key = FleetConfig.load(state), state.read_secret(API_KEY_SECRET)
     if config is None or api_key is None:
         raise FleetError(f"there is no fleet in {state.root}; start one with `lorafleet up`")
-    return Api(f"{config.url}/v1", api_key)
+    return config, api_key

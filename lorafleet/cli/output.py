@@ -19,6 +19,7 @@ from lorafleet.experiment.manifest import ManifestError
 from lorafleet.experiment.plot import PlotError
 from lorafleet.fleet.errors import FleetError
 from lorafleet.tasks import TaskError
+from services.common.errors import LorafleetError
 
 StateOption = Annotated[
     Path | None,
@@ -40,6 +41,7 @@ _CODES: dict[type[Exception], str] = {
     PlotError: "plot",
     TaskError: "task",
 }
+_KNOWN: tuple[type[Exception], ...] = (*_CODES, LorafleetError)
 
 
 def program() -> str:
@@ -57,13 +59,22 @@ def problems(*, as_json: bool) -> Iterator[None]:
     """Turn a problem that the user can act on into a message and exit code 1."""
     try:
         yield
-    except tuple(_CODES) as error:
-        code = error.code if isinstance(error, ApiError) else _CODES[type(error)]
+    except _KNOWN as error:
+        code = _code(error)
         if as_json:
             print_json({"error": {"code": code, "message": str(error)}})
         else:
             progress.print(f"[red]error:[/red] {plain(str(error))}")
         raise typer.Exit(1) from error
+
+
+def _code(error: Exception) -> str:
+    """Return the stable word for a problem."""
+    if isinstance(error, ApiError):
+        return error.code
+    if isinstance(error, LorafleetError):
+        return error.reason
+    return _CODES[type(error)]
 
 
 def plain(text: str) -> str:

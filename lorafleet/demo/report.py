@@ -106,7 +106,7 @@ def print_report(report: Report, console: Console) -> None:
                 f"  {task.task}: trained on {task.train_rows} rows; {task.train_rows_left_out} left out to "
                 f"keep the demo short, {task.train_rows_too_long} longer than the training length"
             )
-    console.print(_load_table(report))
+    console.print(load_table(report.loads))
     agreement = report.agreement
     console.print(
         f"answers served mixed that equal the same ones served alone: {agreement.equal} of {agreement.total}"
@@ -134,11 +134,12 @@ def _task_table(report: Report) -> Table:
     return table
 
 
-def _load_table(report: Report) -> Table:
+def load_table(loads: Sequence[Load]) -> Table:
+    """Return loads as a table for people."""
     table = _table("serving", "load")
     for column in ("streams", "requests", "tokens/s", "TTFT p50", "p95", "gap p50", "p95"):
         table.add_column(column, justify="right", no_wrap=True)
-    for load in report.loads:
+    for load in loads:
         table.add_row(
             load.name,
             str(load.streams),

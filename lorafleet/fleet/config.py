@@ -15,7 +15,14 @@ from services.common.errors import InvalidArgument
 from services.common.names import base_name
 
 BUNDLED_BASE_NAME = "lorafleet-5m"
-_DEFAULT_PORTS = {"valkey": 7100, "registry": 7101, "trainer": 7102, "inference": 7103, "gateway": 8000}
+_DEFAULT_PORTS = {
+    "valkey": 7100,
+    "registry": 7101,
+    "trainer": 7102,
+    "inference": 7103,
+    "gateway": 8000,
+    "grpc": 8001,
+}
 
 Quantization = Literal["nf4", "none"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -31,6 +38,7 @@ class Ports(BaseModel):
     trainer: int = Field(ge=1, le=65535)
     inference: int = Field(ge=1, le=65535)
     gateway: int = Field(ge=1, le=65535)
+    grpc: int = Field(default=_DEFAULT_PORTS["grpc"], ge=1, le=65535)
 
 
 class FleetConfig(BaseModel):
@@ -48,6 +56,11 @@ class FleetConfig(BaseModel):
     def url(self) -> str:
         """Where the HTTP door is, without a path."""
         return f"http://{ports.HOST}:{self.ports.gateway}"
+
+    @property
+    def grpc_target(self) -> str:
+        """Where gRPC clients are served, `HOST:PORT`."""
+        return f"{ports.HOST}:{self.ports.grpc}"
 
     @classmethod
     def load(cls, state: StateFolder) -> Self | None:

@@ -59,16 +59,21 @@ def _settings(service: str, config: FleetConfig, state: StateFolder) -> dict[str
                 "bases": json.dumps({config.base_name: str(config.base_path)}),
                 "quantization": config.quantization,
                 "compute_dtype": config.compute_dtype,
+                "inference_target": _address(config.ports.inference),
             }
             return index | store | registry | own
         case "inference":
-            return registry | {
-                "base_name": config.base_name,
-                "base_path": str(config.base_path),
-                "quantization": config.quantization,
-                "compute_dtype": config.compute_dtype,
-                "adapter_cache_path": str(state.cache / "adapters"),
-            }
+            return (
+                index
+                | registry
+                | {
+                    "base_name": config.base_name,
+                    "base_path": str(config.base_path),
+                    "quantization": config.quantization,
+                    "compute_dtype": config.compute_dtype,
+                    "adapter_cache_path": str(state.cache / "adapters"),
+                }
+            )
         case "gateway":
             return (
                 store
@@ -76,6 +81,7 @@ def _settings(service: str, config: FleetConfig, state: StateFolder) -> dict[str
                 | {
                     "trainer_target": _address(config.ports.trainer),
                     "inference_target": _address(config.ports.inference),
+                    "grpc_listen": config.grpc_target,
                     "key_pepper": state.secret(PEPPER_SECRET),
                 }
             )

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from lorafleet.cli.app import app
+from lorafleet.cli.app import _COMMANDS, app
 from lorafleet.cli.demo import _quoted
 
 
 @pytest.fixture(autouse=True)
 def no_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("LORAFLEET_URL", "LORAFLEET_API_KEY"):
+    for name in ("LORAFLEET_URL", "LORAFLEET_GRPC_TARGET", "LORAFLEET_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LORAFLEET_STATE", str(tmp_path / "state"))
     return tmp_path
@@ -23,14 +23,14 @@ def call(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
-@pytest.mark.parametrize("command", ["up", "down", "status", "train", "jobs", "list", "run", "demo"])
+@pytest.mark.parametrize("command", [name for name, _ in _COMMANDS])
 def test_every_command_has_help_and_speaks_json(command: str) -> None:
     shown = call(command, "--help")
     assert shown.exit_code == 0
     assert "--json" in shown.output
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["jobs"], ["run", "model", "hello"]])
+@pytest.mark.parametrize("arguments", [["list"], ["jobs"], ["run", "model", "hello"], ["ps"], ["show", "x"]])
 def test_without_a_fleet_the_message_names_the_remedy(arguments: list[str]) -> None:
     shown = call(*arguments)
     assert shown.exit_code == 1
