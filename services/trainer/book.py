@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from services.common.errors import Aborted, FailedPrecondition
 from services.trainer.index import JobIndex, JobView, Lane, StaleLeaseError, claim_text
-from services.trainer.job import Draft, Job, JobRequest, JobState, Record, job_not_found
+from services.trainer.job import Draft, Estimate, Facts, Job, JobRequest, JobState, Record, job_not_found
 from services.trainer.journal import History, Journal
 from services.trainer.lease import Holder, Lease
 
@@ -53,24 +53,26 @@ class JobBook:
             await self._index.mark_complete()
             _logger.info("index rebuilt", extra={"jobs": len(job_ids)})
 
-    async def create(self, request: JobRequest, *, message: str) -> Job:
+    async def create(self, request: JobRequest, *, message: str, estimate: Estimate | None = None) -> Job:
         """Store a new job in state VALIDATING_FILES; return the first job where the idempotency key is known.
 
         Raises:
             FailedPrecondition: `idempotency_key_reused` for another request under the same key.
             Aborted: `request_in_progress` while the same request is being stored.
         """
+        facts = None if estimate is None else Facts(estimate=estimate)
+        first = Draft(message, state=JobState.VALIDATING_FILES, facts=facts)
         claim = claim_text(request.request_digest, request.id, request.create_time)
         if not request.idempotency_key:
-            return await self._store_new(request, message)
+            return await self._store_new(request, first)
         bound = await self._index.reserve(request.tenant, request.idempotency_key, claim)
         if bound is not None:
             known = await self._known(request, bound)
             if known is not None:
                 return known
-            return await self._store_new(_renamed(request, bound.split(" ")[1]), message)
+            return await self._store_new(_renamed(request, bound.split(" ")[1]), first)
         try:
-            return await self._store_new(request, message)
+            return await self._store_new(request, first)
         except BaseException:
             await self._index.unreserve(request.tenant, request.idempotency_key, claim)
             raise
@@ -115,12 +117,7 @@ class JobBook:
         if view.job.state is JobState.CANCELLED:
             return view
         if view.job.state.is_final:
-            raise FailedPrecondition(
-                "already_finished",
-                f"the job has {view.job.state} and cannot be cancelled",
-                resource=f"jobs/{job_id}",
-                final=True,
-            )
+            raise _already_finished(view.job, "cancelled")
         if not view.cancel_asked:
             await asyncio.to_thread(self._journal.ask_cancel, job_id)
             await self._index.ask_cancel(job_id)
@@ -131,6 +128,66 @@ class JobBook:
             finally:
                 await self.release(claim)
         return await self.get(tenant, job_id)
+
+    async def ask_pause(self, tenant: str, job_id: str) -> JobView:
+        """Have a job paused and return it: PAUSED where nobody works on it, as it stands otherwise.
+
+        Raises:
+            NotFound: `job_not_found`.
+            FailedPrecondition: `already_finished`.
+        """
+        view = await self.get(tenant, job_id)
+        if view.job.state is JobState.PAUSED:
+            return view
+        if view.job.state.is_final:
+            raise _already_finished(view.job, "paused")
+        if not view.pause_asked:
+            sequence = view.job.last_sequence
+            await asyncio.to_thread(self._journal.ask_pause, job_id, sequence)
+            await self._index.ask_pause(job_id, sequence)
+        claim = await self.claim(job_id)
+        if claim is not None:
+            try:
+                if claim.job.state in (JobState.QUEUED, JobState.RUNNING):
+                    await self.append(claim, [paused()])
+            finally:
+                await self.release(claim)
+        return await self.get(tenant, job_id)
+
+    async def resume(self, tenant: str, job_id: str) -> JobView:
+        """Put a paused job back in its queue and return it.
+
+        Raises:
+            NotFound: `job_not_found`.
+            FailedPrecondition: `not_paused`, `already_finished`.
+            Aborted: `request_in_progress`, where somebody else changes the job at this moment.
+        """
+        view = await self.get(tenant, job_id)
+        if view.job.state.is_final:
+            raise _already_finished(view.job, "resumed")
+        if view.job.state is not JobState.PAUSED:
+            wait = "; it is still stopping" if view.pause_asked else ""
+            raise FailedPrecondition(
+                "not_paused", f"the job is {view.state}, not paused{wait}", resource=f"jobs/{job_id}"
+            )
+        claim = await self.claim(job_id)
+        if claim is None:
+            raise Aborted("request_in_progress", "the job is being changed", retry_after_seconds=1.0)
+        try:
+            if claim.job.state is JobState.PAUSED:
+                await self.append(claim, [Draft("Job resumed: it waits for a worker", state=JobState.QUEUED)])
+        finally:
+            await self.release(claim)
+        return await self.get(tenant, job_id)
+
+    async def pause_asked(self, job: Job) -> bool:
+        """Return whether a job is to be paused and is not yet."""
+        return await self._index.pause_asked_at(job.id) > job.paused_at
+
+    async def note_pace(self, job: Job) -> None:
+        """Keep how fast a job trained that had its process for itself, for the estimates of others."""
+        if job.progress is not None:
+            await self._index.note_pace(job.request.base_model, job.progress.tokens_per_second)
 
     async def cancel_asked(self, job_id: str) -> bool:
         """Return whether a job is to be cancelled."""
@@ -145,6 +202,23 @@ class JobBook:
                 if claim is not None:
                     return claim
         return None
+
+    async def claim_companions(
+        self, lane: Lane, *, passing_over: Collection[str], limit: int, suits: Callable[[Job], bool]
+    ) -> list[Claim]:
+        """Take up to `limit` more jobs of a lane, oldest first, that are free and that `suits` takes."""
+        claims: list[Claim] = []
+        waiting = [job_id for job_id in await self._index.waiting(lane) if job_id not in passing_over]
+        for view in await self._index.get_many(waiting[:_SCAN_ROWS]):
+            if len(claims) == limit:
+                break
+            if not suits(view.job) or (claim := await self.claim(view.job.id)) is None:
+                continue
+            if suits(claim.job):
+                claims.append(claim)
+            else:
+                await self.release(claim)
+        return claims
 
     async def claim(self, job_id: str) -> Claim | None:
         """Take a job for writing, or return None where it is taken or has ended.
@@ -187,14 +261,14 @@ class JobBook:
         if not await self._index.append(job, records):
             await self._reindex(job.id)
 
-    async def _store_new(self, request: JobRequest, message: str) -> Job:
+    async def _store_new(self, request: JobRequest, first: Draft) -> Job:
         await asyncio.to_thread(self._journal.create, request)
         claim = await self.claim(request.id)
         if claim is None:
             raise StaleLeaseError(request.id)
         try:
             if claim.job.last_sequence == 0:
-                await self.append(claim, [Draft(message, state=JobState.VALIDATING_FILES)])
+                await self.append(claim, [first])
         finally:
             await self.release(claim)
         return claim.job
@@ -222,6 +296,20 @@ class JobBook:
         if history is not None:
             await self._index.put(history)
         return history
+
+
+def paused() -> Draft:
+    """Return the draft that pauses a job."""
+    return Draft("Job paused", state=JobState.PAUSED)
+
+
+def _already_finished(job: Job, what: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        "already_finished",
+        f"the job has {job.state} and cannot be {what}",
+        resource=f"jobs/{job.id}",
+        final=True,
+    )
 
 
 def _renamed(request: JobRequest, job_id: str) -> JobRequest:

@@ -1,4 +1,4 @@
-"""A job's child process, as its worker sees it."""
+"""The child process that runs jobs, as their worker sees it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Self
 
 from services.trainer.job import Job
@@ -35,8 +35,8 @@ class JobProcess:
         self._stdout = process.stdout
 
     @classmethod
-    async def start(cls, job: Job) -> Self:
-        """Start a process for `job`; its log goes to our standard error."""
+    async def start(cls, jobs: Sequence[Job]) -> Self:
+        """Start a process for `jobs`, which train together; its log goes to our standard error."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -49,7 +49,9 @@ class JobProcess:
             start_new_session=True,
         )
         child = cls(process)
-        child._send(ToChild(job=job))
+        for job in jobs:
+            child._send(ToChild(job=job))
+        child._send(ToChild(start=True))
         return child
 
     @property
@@ -62,13 +64,13 @@ class JobProcess:
         while line := await self._stdout.readline():
             yield decode_from_child(line)
 
-    def acknowledge(self, number: int) -> None:
-        """Tell the child that what it sent up to `number` is durable."""
-        self._send(ToChild(acknowledged=number))
+    def acknowledge(self, job_id: str, number: int) -> None:
+        """Tell the child that what it sent about a job up to `number` is durable."""
+        self._send(ToChild(job_id=job_id, acknowledged=number))
 
-    def order(self, order: Order) -> None:
-        """Tell the child to stop in one way or the other."""
-        self._send(ToChild(order=order))
+    def order(self, job_id: str, order: Order) -> None:
+        """Tell the child to stop a job in one way or the other."""
+        self._send(ToChild(job_id=job_id, order=order))
 
     def kill(self) -> None:
         """End the child and whatever it started, at once."""

@@ -42,6 +42,12 @@ class TrainerSettings(IndexSettings, StoreSettings, PeerSettings, ServiceSetting
     concurrency: int = Field(default=1, ge=1, le=64)
     """Jobs trained at a time."""
 
+    joint_jobs: int = Field(default=8, ge=1, le=64)
+    """Most jobs that train together on one copy of their base; 1 trains each alone."""
+
+    memory_limit_bytes: int = Field(default=0, ge=0)
+    """What a job may use, its base included; 0 takes the free memory of a CPU, all memory of a GPU."""
+
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of one job; 0 takes all cores."""
 
@@ -63,7 +69,7 @@ class TrainerSettings(IndexSettings, StoreSettings, PeerSettings, ServiceSetting
     work_folder: Path | None = None
     """Where jobs keep files while they run; the system's temporary folder when absent."""
 
-    max_dataset_bytes: int = Field(default=512 * 1024 * 1024, ge=1024)
+    max_dataset_bytes: int = Field(default=2 * 1024**3, ge=1024)
     """Largest training or validation file."""
 
     def open_store(self) -> ObjectStore:

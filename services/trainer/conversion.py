@@ -29,6 +29,7 @@ STATES = {
     JobState.VALIDATING_FILES: job_pb2.JOB_STATE_VALIDATING_FILES,
     JobState.QUEUED: job_pb2.JOB_STATE_QUEUED,
     JobState.RUNNING: job_pb2.JOB_STATE_RUNNING,
+    JobState.PAUSED: job_pb2.JOB_STATE_PAUSED,
     JobState.CANCELLING: job_pb2.JOB_STATE_CANCELLING,
     JobState.SUCCEEDED: job_pb2.JOB_STATE_SUCCEEDED,
     JobState.FAILED: job_pb2.JOB_STATE_FAILED,
@@ -220,6 +221,10 @@ def method_to_proto(method: MethodCapability) -> trainer_service_pb2.MethodCapab
         trains_on_nf4=method.trains_on_nf4,
         served_exactly=method.served_exactly,
         served_rank_factor=method.served_rank_factor,
+        served_as=method.served_as,
+        trains_jointly=method.trains_jointly,
+        offered=method.offered,
+        note=method.note,
     )
 
 
@@ -254,6 +259,8 @@ def _result_to_proto(job: Job) -> job_pb2.JobResult | None:
             for figure in job.evaluation or ()
         ],
         result_files=[] if job.result_file is None else [job.result_file],
+        collapsed=bool(job.collapsed),
+        conversion_error=job.conversion_error or 0.0,
         parity=None if job.parity is None else job_pb2.ParityReport(**asdict(job.parity)),
     )
     if job.result is not None:

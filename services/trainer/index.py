@@ -7,7 +7,9 @@ Keys, all under `trainer:`; `<id>` is a job id:
 - `tenant:<tenant>`: sorted set of the tenant's job ids, by name, which is by time.
 - `queue:<lane>`: sorted set of the ids that wait for or are in a lane, oldest first.
 - `cancels`: set of ids that are to be cancelled.
+- `pauses`: hash from ids to the number of records that the job had when it was to be paused.
 - `lease:<id>`, `token:<id>`: see `lease`.
+- `paces`: hash from bases to the tokens per second of the last job that trained alone on them.
 - `idempotency:<tenant>:<key>`: see `claim_text`.
 """
 
@@ -30,6 +32,8 @@ from services.trainer.lease import Holder, Lease
 _JOB: TypeAdapter[Job] = TypeAdapter(Job)
 _COMPLETE = "trainer:complete"
 _CANCELS = "trainer:cancels"
+_PAUSES = "trainer:pauses"
+_PACES = "trainer:paces"
 
 
 class Lane(StrEnum):
@@ -85,8 +89,11 @@ for i = 4, 5 do
   if KEYS[i] == ARGV[4] then redis.call('ZADD', KEYS[i], 0, ARGV[3])
   else redis.call('ZREM', KEYS[i], ARGV[3]) end
 end
-if ARGV[4] == '' then redis.call('SREM', KEYS[6], ARGV[3]) end
-for i = 5, #ARGV, 1000 do
+if ARGV[5] == 'final' then
+  redis.call('SREM', KEYS[6], ARGV[3])
+  redis.call('HDEL', KEYS[7], ARGV[3])
+end
+for i = 6, #ARGV, 1000 do
   redis.call('RPUSH', KEYS[1], unpack(ARGV, i, math.min(i + 999, #ARGV)))
 end
 return 1
@@ -109,6 +116,12 @@ class JobView:
 
     job: Job
     cancel_asked: bool
+    pause_asked_at: int = 0
+
+    @property
+    def pause_asked(self) -> bool:
+        """Whether the job is to be paused and is not yet; one pause honours every wish from before it."""
+        return self.pause_asked_at > self.job.paused_at
 
     @property
     def state(self) -> JobState:
@@ -153,6 +166,8 @@ class JobIndex:
                 await self._redis.set(_lease(job.id), lease, px=self._lease_milliseconds, nx=True)
             if history.cancel_asked and not job.state.is_final:
                 await self._redis.sadd(_CANCELS, job.id)
+            if history.pause_asked_at > job.paused_at and not job.state.is_final:
+                await self._redis.hset(_PAUSES, job.id, str(history.pause_asked_at))
             if request.idempotency_key:
                 claim = claim_text(request.request_digest, job.id, request.create_time)
                 await self._redis.set(_idempotency(request.tenant, request.idempotency_key), claim)
@@ -174,9 +189,10 @@ class JobIndex:
         with index_errors():
             snapshots = await self._redis.mget([_job(job_id) for job_id in job_ids])
             asked = await self._redis.smismember(_CANCELS, list(job_ids))
+            pauses = await self._redis.hmget(_PAUSES, list(job_ids))
         return [
-            JobView(_JOB.validate_json(snapshot), bool(flag))
-            for snapshot, flag in zip(snapshots, asked, strict=True)
+            JobView(_JOB.validate_json(snapshot), bool(flag), int(pause or 0))
+            for snapshot, flag, pause in zip(snapshots, asked, pauses, strict=True)
             if snapshot is not None
         ]
 
@@ -203,6 +219,16 @@ class JobIndex:
         """Note that a job is to be cancelled."""
         with index_errors():
             await self._redis.sadd(_CANCELS, job_id)
+
+    async def ask_pause(self, job_id: str, sequence: int) -> None:
+        """Note that a job, which has `sequence` records, is to be paused."""
+        with index_errors():
+            await self._redis.hset(_PAUSES, job_id, str(sequence))
+
+    async def pause_asked_at(self, job_id: str) -> int:
+        """Return how many records the job had when it was last to be paused; 0 where it never was."""
+        with index_errors():
+            return int(await self._redis.hget(_PAUSES, job_id) or 0)
 
     async def cancel_asked(self, job_id: str) -> bool:
         """Return whether a job is to be cancelled."""
@@ -236,6 +262,17 @@ class JobIndex:
         with index_errors():
             await self._release(keys=[_lease(lease.job_id)], args=[lease.token])
 
+    async def pace(self, base_model: str) -> float | None:
+        """Return the tokens per second of the last job that trained alone on a base, if there was one."""
+        with index_errors():
+            found = await self._redis.hget(_PACES, base_model)
+        return None if found is None else float(found)
+
+    async def note_pace(self, base_model: str, tokens_per_second: float) -> None:
+        """Note how fast a job trained alone on a base."""
+        with index_errors():
+            await self._redis.hset(_PACES, base_model, str(tokens_per_second))
+
     async def unreserve(self, tenant: str, key: str, claim: str) -> None:
         """Free an idempotency key that is bound to `claim`."""
         with index_errors():
@@ -260,12 +297,14 @@ class JobIndex:
                     _tenant(job.request.tenant),
                     *[_lane(lane) for lane in Lane],
                     _CANCELS,
+                    _PAUSES,
                 ],
                 args=[
                     after,
                     _JOB.dump_json(job),
                     job.id,
                     _lane(lane) if lane else "",
+                    "final" if job.state.is_final else "",
                     *[encode_record(record) for record in records],
                 ],
             )

@@ -18,7 +18,7 @@ CHECKPOINT_PREFIX = "ftckpt"
 
 
 class JobState(StrEnum):
-    """Where a job stands; states only move forward.
+    """Where a job stands; states only move forward, but for a job that was paused and waits again.
 
     CANCELLING is never recorded: it is what RUNNING looks like once a cancel was asked for.
     """
@@ -26,6 +26,7 @@ class JobState(StrEnum):
     VALIDATING_FILES = "validating_files"
     QUEUED = "queued"
     RUNNING = "running"
+    PAUSED = "paused"
     CANCELLING = "cancelling"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -40,9 +41,10 @@ class JobState(StrEnum):
 _FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 _NEXT: dict[JobState, frozenset[JobState]] = {
     JobState.VALIDATING_FILES: frozenset({JobState.QUEUED, JobState.FAILED, JobState.CANCELLED}),
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.PAUSED, JobState.FAILED, JobState.CANCELLED}),
     # Also to SUCCEEDED after a cancel was asked for: it came while the version was being published.
-    JobState.RUNNING: _FINAL,
+    JobState.RUNNING: _FINAL | {JobState.PAUSED},
+    JobState.PAUSED: frozenset({JobState.QUEUED, JobState.FAILED, JobState.CANCELLED}),
 }
 
 
@@ -203,6 +205,8 @@ class Facts:
     checkpoint: Checkpoint | None = None
     evaluation: tuple[EvaluationMetric, ...] | None = None
     parity: ParityReport | None = None
+    collapsed: bool | None = None
+    conversion_error: float | None = None
     result_file: str | None = None
     result: JobResult | None = None
     failure: JobFailure | None = None
@@ -270,11 +274,16 @@ class Job:
     checkpoints: tuple[Checkpoint, ...] = ()
     evaluation: tuple[EvaluationMetric, ...] | None = None
     parity: ParityReport | None = None
+    collapsed: bool | None = None
+    """Whether the adapter gives one answer to different prompts; None where that was not looked at."""
+    conversion_error: float | None = None
     result_file: str | None = None
     result: JobResult | None = None
     trained_tokens: int = 0
     attempts: int = 0
     is_claimed: bool = False
+    paused_at: int = 0
+    """Number of the last record that paused the job."""
     crashes: int = 0
     """Attempts since the last checkpoint that ended without a word."""
 
@@ -292,7 +301,9 @@ class Job:
             assert draft.state in _NEXT.get(self.state, ()), f"no way from {self.state} to {draft.state}"
             job = replace(job, state=draft.state)
             if draft.state is JobState.RUNNING:
-                job = replace(job, start_time=record.time)
+                job = replace(job, start_time=self.start_time or record.time)
+            if draft.state is JobState.PAUSED:
+                job = replace(job, is_claimed=False, paused_at=record.sequence)
             if draft.state.is_final:
                 job = replace(job, end_time=record.time, is_claimed=False)
         if draft.metrics is not None:
@@ -322,7 +333,17 @@ class Job:
             job = replace(job, checkpoints=(*job.checkpoints[:-1], last))
         plain = {
             name: value
-            for name in ("dataset", "estimate", "evaluation", "parity", "result_file", "result", "failure")
+            for name in (
+                "dataset",
+                "estimate",
+                "evaluation",
+                "collapsed",
+                "conversion_error",
+                "parity",
+                "result_file",
+                "result",
+                "failure",
+            )
             if (value := getattr(facts, name)) is not None
         }
         return replace(job, **plain)

@@ -5,6 +5,7 @@ Layout, under `trainer/jobs/<job id>/`:
 - `request.json`: what was asked for; the job exists once this is stored.
 - `records/<sequence>-<token>.jsonl`: one or more records, in order; the key names the first one.
 - `cancels/<id>.json`: somebody asked for the job to be cancelled.
+- `pauses/<sequence>-<id>.json`: somebody asked for it to be paused when it had that many records.
 - `checkpoints/<checkpoint id>/`: see `training.checkpoint`.
 
 Records are written by the holder of the job's lease alone. Should two ever write the same sequence number,
@@ -34,6 +35,7 @@ class History:
     request: JobRequest
     records: tuple[Record, ...]
     cancel_asked: bool
+    pause_asked_at: int = 0
 
     @property
     def job(self) -> Job:
@@ -61,6 +63,10 @@ class Journal:
         """Store that the job is to be cancelled."""
         self._store.put(_key(job_id, f"cancels/{new_id('cancel')}.json"), b"{}")
 
+    def ask_pause(self, job_id: str, sequence: int) -> None:
+        """Store that the job, which has `sequence` records, is to be paused."""
+        self._store.put(_key(job_id, f"pauses/{sequence:08d}-{new_id('pause')}.json"), b"{}")
+
     def load(self, job_id: str) -> History | None:
         """Return all that is stored about a job, or None where there is no such job."""
         try:
@@ -71,7 +77,11 @@ class Journal:
         for item in self._store.list(_key(job_id, "records/")):
             stored += [_RECORD.validate_json(line) for line in self._store.get(item.key).splitlines()]
         cancel_asked = any(True for _ in self._store.list(_key(job_id, "cancels/")))
-        return History(request, tuple(_in_order(stored)), cancel_asked)
+        return History(request, tuple(_in_order(stored)), cancel_asked, self._pause_asked_at(job_id))
+
+    def _pause_asked_at(self, job_id: str) -> int:
+        keys = [item.key for item in self._store.list(_key(job_id, "pauses/"))]
+        return int(max(keys).rpartition("/")[2].partition("-")[0]) if keys else 0
 
     def job_ids(self) -> Iterator[str]:
         """Yield the ids of all jobs, oldest first."""

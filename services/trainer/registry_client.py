@@ -89,6 +89,17 @@ class RegistryClient:
         if "sha256:" + digest.hexdigest() != file.digest:
             raise DataLoss("corrupt_blob", f"the bytes of file {file_id} are not what was stored")
 
+    async def download_head(self, file_id: str, num_bytes: int) -> bytes:
+        """Return the first `num_bytes` of a file, fewer where it is shorter."""
+        request = file_pb2.DownloadFileRequest(file_id=file_id, length=num_bytes)
+        try:
+            pieces = [
+                piece.data async for piece in self._files.DownloadFile(request, timeout=TRANSFER_SECONDS)
+            ]
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        return b"".join(pieces)
+
     async def create_result_file(self, filename: str, data: bytes) -> str:
         """Store a job's result file and return its id."""
 

@@ -16,6 +16,7 @@ from services.trainer.bases import BaseCatalog, TrainableBase
 from services.trainer.config import TrainerSettings
 from services.trainer.conversion import given_spec
 from services.trainer.job import JOB_PREFIX, JobRequest
+from services.trainer.optimizers import check_optimizer
 from services.trainer.registry_client import RegistryClient
 from services.trainer.spec import TrainingSpec, resolve_spec
 
@@ -34,12 +35,14 @@ class RequestChecker:
         self._registry = registry
         self._settings = settings
 
-    async def job_request(self, request: trainer_service_pb2.CreateJobRequest, tenant: str) -> JobRequest:
-        """Return the job that `request` asks for, with a new id.
+    async def job_request(
+        self, request: trainer_service_pb2.CreateJobRequest, tenant: str
+    ) -> tuple[JobRequest, TrainableBase]:
+        """Return the job that `request` asks for, with a new id, and its base.
 
         Raises:
-            InvalidArgument: `bad_name`, `bad_hyperparameter`, `unsupported_method`, `bad_metadata`,
-                `bad_idempotency_key`, `bad_purpose`.
+            InvalidArgument: `bad_name`, `bad_hyperparameter`, `unsupported_method`, `unsupported_optimizer`,
+                `bad_metadata`, `bad_idempotency_key`, `bad_purpose`.
             NotFound: `base_not_found`, `file_not_found`.
             ResourceExhausted: `dataset_too_large`.
         """
@@ -52,7 +55,7 @@ class RequestChecker:
         _check_key(request.idempotency_key)
         await self._check_files(request.training_file, request.validation_file)
         seed = request.seed if request.HasField("seed") else secrets.randbelow(MAX_SEED + 1)
-        return JobRequest(
+        asked = JobRequest(
             id=job_id,
             tenant=tenant,
             base_model=base.name,
@@ -66,6 +69,7 @@ class RequestChecker:
             idempotency_key=request.idempotency_key,
             request_digest=hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest(),
         )
+        return asked, base
 
     async def dataset_request(
         self, request: trainer_service_pb2.ValidateDatasetRequest
@@ -77,9 +81,11 @@ class RequestChecker:
         return base, spec
 
     def _spec(self, message: job_pb2.TrainingSpec, base: TrainableBase) -> TrainingSpec:
-        return resolve_spec(
+        spec = resolve_spec(
             given_spec(message), max_model_len=base.record.max_model_len, module_names=list(base.modules)
         )
+        check_optimizer(spec.optimizer, self._settings.device_type)
+        return spec
 
     async def _check_files(self, training_file: str, validation_file: str) -> None:
         await self._check_file(training_file, "training_file")

@@ -12,12 +12,14 @@ from services.common.server import ServiceHost
 from services.trainer.bases import BaseCatalog, TrainableBase
 from services.trainer.book import JobBook
 from services.trainer.config import TrainerSettings
+from services.trainer.estimator import Estimator
 from services.trainer.index import JobIndex
 from services.trainer.journal import Journal
 from services.trainer.lease import Holder
 from services.trainer.registry_client import RegistryClient
 from services.trainer.requests import RequestChecker
 from services.trainer.servicer import TrainerServicer
+from services.trainer.telemetry import JobMeasures
 from services.trainer.validator import DataCheck, Validator
 from services.trainer.worker import Worker
 
@@ -42,11 +44,13 @@ class TrainerService:
         self._book = JobBook(Journal(self._store), index, Holder.this_process())
         check = DataCheck(self._registry, settings)
         in_work: set[str] = set()
-        self._validator = Validator(self._book, check, self._bases, settings, in_work)
-        self._workers = [Worker(self._book, settings, in_work) for _ in range(settings.concurrency)]
+        estimator = Estimator(index, self._registry, settings)
+        self._validator = Validator(self._book, check, self._bases, estimator, in_work)
+        measures = JobMeasures()
+        self._workers = [Worker(self._book, settings, in_work, measures) for _ in range(settings.concurrency)]
         # Calls that are not offered answer UNIMPLEMENTED by the stub's own methods.
         self._servicer = TrainerServicer(  # type: ignore[abstract]
-            self._book, RequestChecker(self._bases, self._registry, settings), check
+            self._book, RequestChecker(self._bases, self._registry, settings), check, estimator
         )
         self._tasks: list[asyncio.Task[None]] = []
 

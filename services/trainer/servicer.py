@@ -21,6 +21,8 @@ from services.trainer.conversion import (
     method_to_proto,
     report_to_proto,
 )
+from services.trainer.estimate import require_fit
+from services.trainer.estimator import Estimator
 from services.trainer.index import JobView
 from services.trainer.job import check_job_id, event_sequence
 from services.trainer.methods import METHODS
@@ -36,19 +38,28 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class TrainerServicer(TrainerServiceServicer):
-    """Jobs of the calling tenant. `PauseJob` and `ResumeJob` are not offered yet."""
+    """Jobs of the calling tenant."""
 
-    def __init__(self, book: JobBook, checker: RequestChecker, check: DataCheck) -> None:
+    def __init__(
+        self, book: JobBook, checker: RequestChecker, check: DataCheck, estimator: Estimator
+    ) -> None:
         self._book = book
         self._checker = checker
         self._check = check
+        self._estimator = estimator
 
     async def CreateJob(  # noqa: N802
         self, request: trainer_service_pb2.CreateJobRequest, context: Context
     ) -> job_pb2.Job:
-        asked = await self._checker.job_request(request, current_tenant())
+        asked, base = await self._checker.job_request(request, current_tenant())
+        expected = await self._estimator.at_first_sight(
+            asked.spec, asked.training_file, base, holds_out=not asked.validation_file
+        )
+        if expected is not None:
+            require_fit(expected)
         await self._book.ensure_indexed()
-        job = await self._book.create(asked, message=f"Created fine-tuning job: {asked.id}")
+        message = f"Created fine-tuning job: {asked.id}"
+        job = await self._book.create(asked, message=message, estimate=expected)
         return job_to_proto(JobView(job, cancel_asked=False))
 
     async def GetJob(  # noqa: N802
@@ -78,6 +89,16 @@ class TrainerServicer(TrainerServiceServicer):
         self, request: trainer_service_pb2.CancelJobRequest, context: Context
     ) -> job_pb2.Job:
         return job_to_proto(await self._book.ask_cancel(current_tenant(), check_job_id(request.job_id)))
+
+    async def PauseJob(  # noqa: N802
+        self, request: trainer_service_pb2.PauseJobRequest, context: Context
+    ) -> job_pb2.Job:
+        return job_to_proto(await self._book.ask_pause(current_tenant(), check_job_id(request.job_id)))
+
+    async def ResumeJob(  # noqa: N802
+        self, request: trainer_service_pb2.ResumeJobRequest, context: Context
+    ) -> job_pb2.Job:
+        return job_to_proto(await self._book.resume(current_tenant(), check_job_id(request.job_id)))
 
     async def WatchJob(  # noqa: N802
         self, request: trainer_service_pb2.WatchJobRequest, context: Context

@@ -11,9 +11,10 @@ from pathlib import Path
 from services.common.call_context import call_scope
 from services.common.errors import DeadlineExceeded, Internal, LorafleetError, Unavailable
 from services.trainer.bases import BaseCatalog, TrainableBase
-from services.trainer.book import Claim, JobBook
+from services.trainer.book import Claim, JobBook, paused
 from services.trainer.config import TrainerSettings
-from services.trainer.estimate import estimate
+from services.trainer.estimate import DataSize, require_fit
+from services.trainer.estimator import Estimator
 from services.trainer.failure import JobFailure
 from services.trainer.index import Lane, StaleLeaseError
 from services.trainer.job import DatasetReport, Draft, Facts, JobState, Level
@@ -92,13 +93,13 @@ class Validator:
         book: JobBook,
         check: DataCheck,
         bases: BaseCatalog,
-        settings: TrainerSettings,
+        estimator: Estimator,
         in_work: set[str],
     ) -> None:
         self._book = book
         self._check = check
         self._bases = bases
-        self._settings = settings
+        self._estimator = estimator
         self._in_work = in_work
         self._stopping = asyncio.Event()
 
@@ -153,6 +154,8 @@ class Validator:
                     seed=request.seed,
                     given_up=given_up,
                 )
+            expected = await self._estimator.of(request.spec, DataSize.of(report), base)
+            require_fit(expected)
         except (_GivenUpError, Unavailable, DeadlineExceeded):
             raise
         except LorafleetError as error:
@@ -163,9 +166,11 @@ class Validator:
             ours = Internal("internal", "the files could not be checked, for a reason that is not yours")
             await self._book.append(claim, [failed(JobFailure.of(ours))])
             return
-        facts = Facts(dataset=report, estimate=estimate(request.spec, report, base))
+        facts = Facts(dataset=report, estimate=expected)
         queued = Draft("Files validated, moving job to queued state", state=JobState.QUEUED, facts=facts)
         await self._book.append(claim, [*_remarks(report), queued])
+        if await self._book.pause_asked(claim.job):
+            await self._book.append(claim, [paused()])
 
     async def _watch(self, claim: Claim, given_up: threading.Event) -> None:
         """Keep the lease, and give the check up where that is lost, a cancel comes or the service stops."""

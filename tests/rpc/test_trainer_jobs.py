@@ -342,13 +342,3 @@ async def test_conversations_train_and_unserved_methods_are_not_offered(trainer:
     assert done.adapter == job.id
     version = await trainer.registry.resolve(job.id)
     assert version.card.method == "rslora"
-
-
-async def test_pause_is_not_offered_yet(trainer: Trainer) -> None:
-    job = await trainer.create(b"bad")
-    pause = trainer_service_pb2.PauseJobRequest(job_id=job.id)
-    resume = trainer_service_pb2.ResumeJobRequest(job_id=job.id)
-    for name, request in (("PauseJob", pause), ("ResumeJob", resume)):
-        with pytest.raises(LorafleetError) as caught:
-            await trainer.call(name, request)
-        assert caught.value.code is Code.UNIMPLEMENTED
