@@ -17,7 +17,7 @@ from google.rpc import error_details_pb2
 from lorafleet.registry.v1 import adapter_pb2
 from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
 from services.common.base_loading import load_base_model
-from services.common.errors import Code, LorafleetError
+from services.common.errors import LorafleetError
 from services.common.prompts import PromptEncoder
 from services.common.valkey import EmbeddedValkey
 from services.trainer.config import TrainerSettings
