@@ -186,7 +186,8 @@ class Runtime:
                 budget_bytes=stats.kv_blocks_total * stats.kv_block_bytes,
             ),
             adapters_device=TierUsage(
-                used_bytes=adapters.device_used_bytes, budget_bytes=settings.adapter_device_bytes
+                used_bytes=adapters.device_used_bytes,
+                budget_bytes=settings.device_budget.most_adapter_bytes,
             ),
             adapters_host=TierUsage(
                 used_bytes=adapters.host_used_bytes, budget_bytes=settings.adapter_host_bytes
