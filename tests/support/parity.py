@@ -137,16 +137,25 @@ class LogitsRecorder:
 
     def __init__(self, engine: Engine) -> None:
         self.rows: dict[str, dict[int, Tensor]] = {}
-        self._run = engine._runner.run
-        engine._runner.run = self._record  # type: ignore[method-assign]
+        self._runner = engine._runner
+        engine._runner = self  # type: ignore[assignment]
 
-    def _record(self, batch: Batch) -> Tensor:
-        logits = self._run(batch)
+    def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Run the batch and keep the rows that tokens are chosen from."""
+        logits, hidden = self._runner.run(batch)
         for span in batch.logit_spans:
             if span.samples:
                 kept = self.rows.setdefault(span.sequence.request.id, {})
                 kept[span.position + span.end - span.start] = logits[span.end - 1].clone()
-        return logits
+        return logits, hidden
+
+    def recover(self) -> None:
+        """As the runner."""
+        self._runner.recover()
+
+    def stop(self, engine: Engine) -> None:
+        """Give the engine its own runner back."""
+        engine._runner = self._runner
 
 
 def mixed_work(
@@ -191,7 +200,7 @@ def assert_parity(
         error = (ours - alone).abs().max().item()
         assert tokens == alone.argmax(-1).tolist(), f"{where}: other tokens; logits differ by {error:.1e}"
         assert error <= LOGITS_TOLERANCE, f"{where}: logits differ by {error:.1e}"
-    engine._runner.run = recorder._run  # type: ignore[method-assign]
+    recorder.stop(engine)
     stats = engine.stats()
     assert stats.kv_blocks_free == stats.kv_blocks_total
     assert all(entry.leases == 0 and entry.pins == 0 for entry in engine.adapters.residency())
