@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from services.common.errors import Aborted, FailedPrecondition
+from services.common.failpoints import failpoint
 from services.trainer.index import JobIndex, JobView, Lane, StaleLeaseError, claim_text
 from services.trainer.job import Draft, Estimate, Facts, Job, JobRequest, JobState, Record, job_not_found
 from services.trainer.journal import History, Journal
@@ -256,7 +257,9 @@ class JobBook:
             record = Record(job.last_sequence + 1, claim.lease.token, now, draft)
             records.append(record)
             job = job.apply(record)
+        failpoint("record.before_store")
         await asyncio.to_thread(self._journal.append, job.id, records)
+        failpoint("record.before_index")
         claim.job = job
         if not await self._index.append(job, records):
             await self._reindex(job.id)

@@ -11,6 +11,7 @@ import torch
 
 from services.common.call_context import call_scope
 from services.common.errors import Internal, LorafleetError, ResourceExhausted
+from services.common.failpoints import failpoint
 from services.common.store import ObjectStore
 from services.trainer.config import TrainerSettings
 from services.trainer.failure import JobFailure
@@ -88,7 +89,9 @@ class JobGroup:
         name = self._jobs[0].request.base_model
         folder = BaseFolder(name, self._settings.bases[name], self._settings.base_quantization)
         device = torch.device(self._settings.device_type)
+        failpoint("base.before_load")
         base = await asyncio.to_thread(SharedBase.load, folder, device)
+        failpoint("base.after_load")
         for job_id, pipeline in list(self._live.items()):
 
             async def begin(job_id: str = job_id, pipeline: Pipeline = pipeline) -> None:

@@ -156,7 +156,8 @@ class WorkerLink:
         # Libraries print to standard output; that must not end up among the messages.
         self._out: BinaryIO = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        self._in: BinaryIO = sys.stdin.buffer
+        # A reader of our own: the thread waits in it to the end, and sys.stdin is closed before that.
+        self._in: BinaryIO = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
         self._writing = threading.Lock()
         self._lines: dict[str, JobLine] = {}
 

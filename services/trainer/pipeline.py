@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from services.common.errors import DataLoss
+from services.common.failpoints import failpoint
 from services.common.prompts import PromptEncoder
 from services.trainer.bases import TrainableBase
 from services.trainer.config import TrainerSettings
@@ -54,6 +55,7 @@ class Pipeline:
     async def prepare(self) -> None:
         """Fetch the rows, which must be those that were validated."""
         request = self.job.request
+        failpoint("tokens.before_download")
         paths = []
         for file_id in filter(None, (request.training_file, request.validation_file)):
             path = self._folder / file_id
@@ -75,6 +77,7 @@ class Pipeline:
         if data.report != self.job.dataset:
             raise DataLoss("dataset_changed", "the data is not what was validated", field="training_file")
         self._data = data
+        failpoint("tokens.after_write")
 
     def begin(self, base: SharedBase) -> TrainingRun:
         """Return the run of the job on `base`, at its first step or at its last checkpoint."""
@@ -129,6 +132,7 @@ class Pipeline:
             text = "The adapter gives one and the same answer to different prompts: it has collapsed"
             self._reporter.send(Draft(text, level=Level.WARN, data={"collapsed": 1.0}))
         facts = Facts(evaluation=measured.figures, collapsed=measured.collapsed)
+        failpoint("evaluate.before_record")
         self._reporter.record(Draft("Evaluation done", data=values, facts=facts))
 
     async def _store_figures(self, run: TrainingRun) -> None:
@@ -189,6 +193,7 @@ class Pipeline:
 
     async def _publish(self, folder: Path, base: TrainableBase) -> None:
         self._reporter.check()
+        failpoint("publish.before_call")
         published = await self._reporter.patience.call(
             partial(
                 self._registry.publish,
@@ -199,10 +204,12 @@ class Pipeline:
                 idempotency_key=self.job.id,
             )
         )
+        failpoint("publish.after_call")
         self._succeed(job_result(self.job, published))
 
     def _succeed(self, result: JobResult) -> None:
         self._reporter.send(Draft(f"New fine-tuned model created: {result.fine_tuned_model}"))
         text = "The job has successfully completed"
         self._reporter.record(Draft(text, state=JobState.SUCCEEDED, facts=Facts(result=result)))
+        failpoint("report.after_record")
         self._reporter.discard_checkpoints()

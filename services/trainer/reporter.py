@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from services.common.failpoints import failpoint
 from services.common.ids import new_id
 from services.common.store import ObjectStore
 from services.trainer.config import TrainerSettings
@@ -61,6 +62,7 @@ class RunReporter:
 
     def between_steps(self, run: TrainingRun) -> None:
         """Hand the job back where the worker wants that, with all that was done."""
+        failpoint("step.before")
         if self._line.order is Order.HAND_BACK:
             if run.state.step != self._written_step:
                 self.checkpoint(run)
@@ -91,7 +93,9 @@ class RunReporter:
         state = run.state
         checkpoint_id = new_id(CHECKPOINT_PREFIX)
         folder = self._folder / checkpoint_id
+        failpoint("checkpoint.before_write")
         run.write(folder)
+        failpoint("checkpoint.before_upload")
         digest = self.patience.do(lambda: self._checkpoints.save(folder, checkpoint_id))
         last = state.figures[-1] if state.figures else None
         checkpoint = Checkpoint(
@@ -104,7 +108,9 @@ class RunReporter:
             valid_loss=last.valid_loss if last else None,
             valid_mean_token_accuracy=last.valid_accuracy if last else None,
         )
+        failpoint("checkpoint.before_record")
         self.record(Draft(f"Checkpoint at step {state.step}", facts=Facts(checkpoint=checkpoint)))
+        failpoint("checkpoint.after_record")
         self._written_step = state.step
         self._checkpoints.discard([old.id for old in self.job.checkpoints[:-KEPT_CHECKPOINTS]][-1:])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from services.common.call_context import call_scope
 from services.common.errors import DeadlineExceeded, Internal, LorafleetError, Unavailable
+from services.common.failpoints import failpoint
 from services.trainer.bases import BaseCatalog, TrainableBase
 from services.trainer.book import Claim, JobBook, paused
 from services.trainer.config import TrainerSettings
@@ -144,6 +145,7 @@ class Validator:
         if claim.job.last_sequence == 1:
             await self._book.append(claim, [Draft(f"Validating training file: {names}")])
         try:
+            failpoint("validate.before_read")
             base = self._bases.find(request.base_model)
             with call_scope(tenant=request.tenant, request_id=request.id):
                 report = await self._check.run(
@@ -168,6 +170,7 @@ class Validator:
             return
         facts = Facts(dataset=report, estimate=expected)
         queued = Draft("Files validated, moving job to queued state", state=JobState.QUEUED, facts=facts)
+        failpoint("validate.before_record")
         await self._book.append(claim, [*_remarks(report), queued])
         if await self._book.pause_asked(claim.job):
             await self._book.append(claim, [paused()])

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -163,15 +164,14 @@ async def registry_host(place: TrainerPlace, *, port: int = 0) -> AsyncIterator[
 
 @asynccontextmanager
 async def running_trainer(
-    place: TrainerPlace, registry_target: str, **changes: str
+    place: TrainerPlace, registry_target: str, *, module: str = "services.trainer", **changes: str
 ) -> AsyncIterator[Trainer]:
-    """Run a trainer process over the place until the body ends."""
-    port_file = place.folder / "trainer.port"
-    port_file.unlink(missing_ok=True)
+    """Run a trainer process over the place until the body ends; several may run at once."""
+    port_file = place.folder / f"trainer-{uuid.uuid4().hex}.port"
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "services.trainer",
+        module,
         env=place.environment(registry_target, port_file, changes),
     )
     try:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from services.common.errors import DataLoss
+from services.common.failpoints import failpoint
 from services.common.store import ObjectNotFoundError, ObjectStore
 from services.trainer.training.adapter import TrainableAdapter
 from services.trainer.training.optimizers import load_state_tensors, state_tensors
@@ -76,6 +77,7 @@ class CheckpointStore:
             entries.append(
                 {"name": path.name, "size_bytes": path.stat().st_size, "digest": _file_digest(path)}
             )
+        failpoint("checkpoint.before_manifest")
         manifest = json.dumps({"files": entries}, sort_keys=True).encode("ascii")
         self._store.put(self._key(checkpoint_id, MANIFEST), manifest)
         return _digest(manifest)

@@ -1,0 +1,216 @@
+"""What jobs lose that are killed again and again: nothing. Each makes one version, equal to the last bit.
+
+Tiny QLoRA jobs run on a real trainer beside a real registry. Their processes end by SIGKILL at places drawn
+from every stage (tokens, base, steps, checkpoints, evaluation, publishing, report), and the trainer itself ends
+so while it validates and while it records. Every job must end SUCCEEDED with exactly one version whose files
+have the digest of an undisturbed run. The last line is JSON.
+
+    python -m bench.job_kills --kills 100 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorafleet.registry.v1 import adapter_pb2
+from lorafleet.trainer.v1 import job_pb2
+from services.common.errors import LorafleetError
+from services.common.failpoints import VARIABLE
+from services.common.valkey import EmbeddedValkey
+from tests.support.models import make_tiny_llama
+from tests.support.trainer import (
+    BASE,
+    FINAL,
+    Trainer,
+    TrainerPlace,
+    prompt_rows,
+    registry_host,
+    running_trainer,
+    spec,
+)
+
+DATA = prompt_rows(24)
+# 12 steps, a checkpoint every 4. Alone: what trains together may differ in the last bit.
+SPEC = spec(n_epochs=3, batch_size=5, checkpoint_steps=4, dropout=0.1, validation_fraction=0.17, joint=False)
+SERVICE_PLACES = {
+    "validate.before_read": 2,
+    "validate.before_record": 2,
+    "record.before_store": 40,
+    "record.before_index": 40,
+}
+# Of all kills, the share that hits the trainer rather than a job's process.
+SERVICE_SHARE = 4
+JOBS_AT_ONCE = 3
+POLL_SECONDS = 0.3
+
+
+@dataclass
+class Counts:
+    """What was seen.
+
+    Attributes:
+        kills: processes that ended by SIGKILL.
+        by_stage: of those, the ones of each stage.
+        wrong_versions: jobs without exactly one version.
+        different: jobs whose version is not that of the undisturbed run.
+        not_succeeded: jobs that ended in another way.
+        broken_histories: jobs whose events have a gap, or whose state went back.
+    """
+
+    kills: int = 0
+    by_stage: dict[str, int] = field(default_factory=dict)
+    jobs: int = 0
+    attempts: int = 0
+    wrong_versions: int = 0
+    different: int = 0
+    not_succeeded: int = 0
+    broken_histories: int = 0
+    seconds: float = 0.0
+
+
+def main() -> None:
+    """Kill until the count is reached, and print what was seen."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        counts = run(Path(folder), options.kills, options.seed)
+    figures = {name: getattr(counts, name) for name in counts.__dataclass_fields__}
+    print(json.dumps({"benchmark": "job_kills", "seed": options.seed} | figures))
+
+
+def run(folder: Path, kills: int, seed: int) -> Counts:
+    """Kill processes until there were `kills`; return what became of the jobs."""
+    base = make_tiny_llama(folder / BASE)
+    with EmbeddedValkey.start(folder / "valkey") as valkey:
+        return asyncio.run(_Rounds(TrainerPlace(base, folder, valkey.url), kills, seed).run())
+
+
+class _Rounds:
+    """One trainer after the other over the same jobs, until enough processes were killed."""
+
+    def __init__(self, place: TrainerPlace, kills: int, seed: int) -> None:
+        self._place = place
+        self._kills = kills
+        self._seed = seed
+        self._draw = random.Random(seed)
+        self._log = place.folder / "kills.log"
+        self._service_kills: list[str] = []
+        self._job_ids: list[str] = []
+
+    async def run(self) -> Counts:
+        started = time.monotonic()
+        async with registry_host(self._place) as registry:
+            async with running_trainer(self._place, registry) as trainer:
+                undisturbed = await trainer.create(DATA, SPEC, adapter="undisturbed")
+                await trainer.until(undisturbed.id, job_pb2.JOB_STATE_SUCCEEDED, seconds=300)
+                wanted = (await _versions(trainer, "undisturbed"))[0].digest
+            done = False
+            while not done:
+                done = await self._round(registry)
+            async with running_trainer(self._place, registry) as trainer:
+                counts = await self._audit(trainer, wanted)
+        counts.seconds = time.monotonic() - started
+        return counts
+
+    def _killed(self) -> list[str]:
+        jobs = self._log.read_text("ascii").split() if self._log.exists() else []
+        return [*jobs, *self._service_kills]
+
+    async def _round(self, registry: str) -> bool:
+        """Run one trainer until it is killed; return whether all jobs are done, after enough kills."""
+        enough = len(self._killed()) >= self._kills
+        place, visits = self._draw.choice(list(SERVICE_PLACES.items()))
+        hits_service = not enough and len(self._service_kills) * SERVICE_SHARE <= len(self._killed())
+        rule = f"{place}=kill:{self._draw.randint(1, visits)}" if hits_service else ""
+        environment = {VARIABLE: rule, "KILLS_SEED": str(self._draw.randrange(10**6))}
+        if not enough:
+            environment["KILLS_LOG"] = str(self._log)
+        with _environment(environment):
+            async with running_trainer(
+                self._place,
+                registry,
+                module="tests.support.killed_trainer",
+                MAX_CRASHES="100",
+                CONCURRENCY="2",
+            ) as trainer:
+                try:
+                    return await self._work(trainer, enough)
+                except LorafleetError as error:
+                    code = await asyncio.wait_for(trainer.process.wait(), 10)
+                    if code != -signal.SIGKILL:
+                        raise AssertionError(f"{rule}: the trainer ended with {code}") from error
+                    self._service_kills.append(rule)
+                    return False
+
+    async def _work(self, trainer: Trainer, enough: bool) -> bool:
+        """Keep the trainer busy; return True once every job is done and False once it should start anew."""
+        while True:
+            states = [(await trainer.job(job_id)).state for job_id in self._job_ids]
+            running = sum(state not in FINAL for state in states)
+            if len(self._killed()) >= self._kills:
+                if not running or not enough:
+                    return not running
+            elif running < JOBS_AT_ONCE:
+                number = len(self._job_ids)
+                name = f"job-{number}"
+                job = await trainer.create(DATA, SPEC, adapter=name, idempotency_key=name)
+                self._job_ids.append(job.id)
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _audit(self, trainer: Trainer, wanted: str) -> Counts:
+        killed = self._killed()
+        stages = collections.Counter(rule.partition(".")[0] for rule in killed)
+        counts = Counts(kills=len(killed), by_stage=dict(sorted(stages.items())), jobs=len(self._job_ids))
+        for job_id in self._job_ids:
+            job = await trainer.job(job_id)
+            events = await trainer.events(job_id)
+            numbers = [int(event.id.rpartition("-")[2]) for event in events]
+            states = [event.state for event in events if event.state]
+            versions = await _versions(trainer, job.adapter)
+            counts.attempts += job.attempts
+            counts.not_succeeded += job.state != job_pb2.JOB_STATE_SUCCEEDED
+            counts.wrong_versions += len(versions) != 1
+            counts.different += any(version.digest != wanted for version in versions)
+            is_whole = numbers == list(range(1, len(events) + 1)) and states == sorted(set(states))
+            counts.broken_histories += not is_whole
+            if not is_whole or job.state != job_pb2.JOB_STATE_SUCCEEDED or len(versions) != 1:
+                print(f"{job.id}: {job.state}, {len(versions)} versions, {job.error.message}")
+        return counts
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables of this process, which its children inherit, while the body runs."""
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name in values:
+            del os.environ[name]
+
+
+async def _versions(trainer: Trainer, adapter: str) -> list[adapter_pb2.AdapterVersion]:
+    response = await trainer.registry.call(
+        trainer.registry.adapters.ListVersions, adapter_pb2.ListVersionsRequest(adapter=adapter)
+    )
+    return list(response.versions)
+
+
+if __name__ == "__main__":
+    main()
