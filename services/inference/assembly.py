@@ -19,6 +19,7 @@ from services.inference.engine.policy import FairShare, FirstCome, QueuePolicy
 from services.inference.engine.request import RequestLimits
 from services.inference.engine.runner import Runner
 from services.inference.kernels.library import Kernels, load_kernels
+from services.inference.model.architecture import check_architecture
 from services.inference.model.attention import AttentionStep, PrefillSpan
 from services.inference.model.kv import KvShape, PagedKv
 from services.inference.model.loader import BaseModel, load_base
@@ -29,11 +30,12 @@ def build_engine(config: EngineConfig, fetcher: Fetcher) -> Engine:
 
     Raises:
         FailedPrecondition: `base_missing`, `tokenizer_not_fast`, or `kv_too_small` for one block.
-        Unimplemented: `attention_feature_unsupported`, of the base's architecture.
+        Unimplemented: `architecture_unsupported` or `attention_feature_unsupported`.
     """
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     device = config.torch_device
+    check_architecture(config.base_path)
     base = load_base(config.base_path, config.base_quantization, device, _kernels(config))
     budget = config.device_budget
     kv = _allocate_kv(config, base, budget)
