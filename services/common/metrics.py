@@ -8,11 +8,12 @@ Names follow OpenTelemetry's conventions; the Prometheus port shows `rpc.server.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple
 
 from opentelemetry import metrics
-from opentelemetry.metrics import Counter, Histogram, Meter, UpDownCounter
+from opentelemetry.metrics import CallbackT, Counter, Histogram, Meter, ObservableGauge, UpDownCounter
 
 
 class Kind(Enum):
@@ -21,6 +22,7 @@ class Kind(Enum):
     COUNTER = "counter"
     UP_DOWN_COUNTER = "up_down_counter"
     HISTOGRAM = "histogram"
+    OBSERVABLE_GAUGE = "observable_gauge"
 
 
 class Metric(NamedTuple):
@@ -35,6 +37,8 @@ class Metric(NamedTuple):
 
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 3600)
+# A job's series last as long as its run, so there are no more of them than jobs in work.
+_JOB = ("job", "base", "adapter")
 
 METRICS: dict[str, Metric] = {
     "rpc.server.call.duration": Metric(
@@ -82,6 +86,36 @@ METRICS: dict[str, Metric] = {
     "lorafleet.inference.adapter.evictions": Metric(
         Kind.COUNTER, "{adapter}", "Adapters that made room for others, by tier: host, device.", ("tier",)
     ),
+    "lorafleet.trainer.jobs.ended": Metric(
+        Kind.COUNTER,
+        "{job}",
+        "Runs of jobs that ended, by the state after it; `queued` where the job waits for another worker.",
+        ("state", "error.type"),
+    ),
+    "lorafleet.trainer.job.step": Metric(
+        Kind.OBSERVABLE_GAUGE, "{step}", "Optimizer steps of a job in work.", _JOB
+    ),
+    "lorafleet.trainer.job.total_steps": Metric(
+        Kind.OBSERVABLE_GAUGE, "{step}", "Optimizer steps that a job in work has in all.", _JOB
+    ),
+    "lorafleet.trainer.job.loss": Metric(
+        Kind.OBSERVABLE_GAUGE, "1", "Training loss of the last step, in nats a token.", _JOB
+    ),
+    "lorafleet.trainer.job.learning_rate": Metric(
+        Kind.OBSERVABLE_GAUGE, "1", "Learning rate of the last step.", _JOB
+    ),
+    "lorafleet.trainer.job.gradient_norm": Metric(
+        Kind.OBSERVABLE_GAUGE, "1", "Norm of the last gradient, before clipping.", _JOB
+    ),
+    "lorafleet.trainer.job.throughput": Metric(
+        Kind.OBSERVABLE_GAUGE, "{token}/s", "Tokens through the model, over the last steps.", _JOB
+    ),
+    "lorafleet.trainer.job.eta": Metric(
+        Kind.OBSERVABLE_GAUGE, "s", "Time that the remaining steps will take at this pace.", _JOB
+    ),
+    "lorafleet.trainer.job.memory.peak": Metric(
+        Kind.OBSERVABLE_GAUGE, "By", "Most memory that the job's process has held so far.", _JOB
+    ),
 }
 
 
@@ -95,6 +129,12 @@ def up_down_counter(name: str) -> UpDownCounter:
     """Return the counter of this name that also counts down; `KeyError` where the table has none."""
     row = _declared(name, Kind.UP_DOWN_COUNTER)
     return _meter().create_up_down_counter(name, row.unit, row.description)
+
+
+def observable_gauge(name: str, *, callbacks: Sequence[CallbackT]) -> ObservableGauge:
+    """Return the gauge of this name, read from `callbacks`; `KeyError` where the table has none."""
+    row = _declared(name, Kind.OBSERVABLE_GAUGE)
+    return _meter().create_observable_gauge(name, callbacks, row.unit, row.description)
 
 
 def histogram(name: str) -> Histogram:

@@ -156,7 +156,7 @@ class JobBook:
         return await self.get(tenant, job_id)
 
     async def resume(self, tenant: str, job_id: str) -> JobView:
-        """Put a paused job back in its queue and return it.
+        """Put a job that is paused, or failed for want of room or memory, back in its queue and return it.
 
         Raises:
             NotFound: `job_not_found`.
@@ -164,18 +164,18 @@ class JobBook:
             Aborted: `request_in_progress`, where somebody else changes the job at this moment.
         """
         view = await self.get(tenant, job_id)
-        if view.job.state.is_final:
+        if view.job.state.is_final and not view.job.is_resumable:
             raise _already_finished(view.job, "resumed")
-        if view.job.state is not JobState.PAUSED:
+        if not view.job.is_resumable:
             wait = "; it is still stopping" if view.pause_asked else ""
             raise FailedPrecondition(
                 "not_paused", f"the job is {view.state}, not paused{wait}", resource=f"jobs/{job_id}"
             )
-        claim = await self.claim(job_id)
+        claim = await self.claim(job_id, ended=True)
         if claim is None:
             raise Aborted("request_in_progress", "the job is being changed", retry_after_seconds=1.0)
         try:
-            if claim.job.state is JobState.PAUSED:
+            if claim.job.is_resumable:
                 await self.append(claim, [Draft("Job resumed: it waits for a worker", state=JobState.QUEUED)])
         finally:
             await self.release(claim)
@@ -221,8 +221,8 @@ class JobBook:
                 await self.release(claim)
         return claims
 
-    async def claim(self, job_id: str) -> Claim | None:
-        """Take a job for writing, or return None where it is taken or has ended.
+    async def claim(self, job_id: str, *, ended: bool = False) -> Claim | None:
+        """Take a job for writing, or return None where it is taken or has ended; with `ended`, those as well.
 
         What is stored counts, not what is indexed: the last holder may have died between the two.
         """
@@ -230,7 +230,7 @@ class JobBook:
         if lease is None:
             return None
         history = await self._reindex(job_id)
-        if history is None or history.job.state.is_final:
+        if history is None or (history.job.state.is_final and not ended):
             await self._index.release(lease)
             return None
         return Claim(lease, history.job)

@@ -23,6 +23,7 @@ from services.trainer.reporter import Interrupted, RunReporter
 from services.trainer.training.base import BaseFolder, SharedBase
 from services.trainer.training.loop import TrainingRun
 from services.trainer.training.together import shared_pass
+from services.trainer.workspace import storage_full
 
 _logger = logging.getLogger("lorafleet.trainer.job")
 
@@ -134,6 +135,8 @@ class JobGroup:
             self._tell(job_id, error.outcome)
         elif isinstance(error, LorafleetError):
             self._tell(job_id, Outcome.FAILED, error)
+        elif (full := storage_full(error)) is not None:
+            self._tell(job_id, Outcome.FAILED, full)
         elif _is_memory(error):
             if len(self._live) > 1:
                 raise TogetherOutOfMemoryError from error

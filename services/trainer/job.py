@@ -18,7 +18,7 @@ CHECKPOINT_PREFIX = "ftckpt"
 
 
 class JobState(StrEnum):
-    """Where a job stands; states only move forward, but for a job that was paused and waits again.
+    """Where a job stands; states only move forward, but for a job that is resumed and waits again.
 
     CANCELLING is never recorded: it is what RUNNING looks like once a cancel was asked for.
     """
@@ -45,7 +45,11 @@ _NEXT: dict[JobState, frozenset[JobState]] = {
     # Also to SUCCEEDED after a cancel was asked for: it came while the version was being published.
     JobState.RUNNING: _FINAL | {JobState.PAUSED},
     JobState.PAUSED: frozenset({JobState.QUEUED, JobState.FAILED, JobState.CANCELLED}),
+    # Where the cause can be taken away, see `Job.is_resumable`.
+    JobState.FAILED: frozenset({JobState.QUEUED}),
 }
+# Failures that say something about the machine and nothing about the job.
+_RESUMABLE = frozenset({"storage_full", "out_of_memory", "worker_crashed"})
 
 
 class Level(StrEnum):
@@ -292,6 +296,13 @@ class Job:
         """The job's id."""
         return self.request.id
 
+    @property
+    def is_resumable(self) -> bool:
+        """Whether the job can wait again: it is paused, or failed for want of room or memory."""
+        if self.state is JobState.FAILED and self.failure is not None:
+            return self.failure.reason in _RESUMABLE
+        return self.state is JobState.PAUSED
+
     def apply(self, record: Record) -> Job:
         """Return the job after `record`, which must be the next one."""
         assert record.sequence == self.last_sequence + 1, "records are applied in order"
@@ -300,6 +311,8 @@ class Job:
         if draft.state is not None and draft.state is not self.state:
             assert draft.state in _NEXT.get(self.state, ()), f"no way from {self.state} to {draft.state}"
             job = replace(job, state=draft.state)
+            if self.state is JobState.FAILED:
+                job = replace(job, failure=None, end_time=None, crashes=0)
             if draft.state is JobState.RUNNING:
                 job = replace(job, start_time=self.start_time or record.time)
             if draft.state is JobState.PAUSED:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from services.common.errors import FailedPrecondition, LorafleetError
+from services.common.errors import FailedPrecondition, LorafleetError, ResourceExhausted
+from services.trainer.book import JobBook
+from services.trainer.failure import JobFailure
 from services.trainer.index import Lane
-from services.trainer.job import Draft, Facts, JobState
+from services.trainer.job import Checkpoint, Draft, Facts, JobState
 from tests.support.job_desk import ELSEWHERE, QUEUED, RUNNING, claimed, open_desk, request
 
 
@@ -144,3 +147,39 @@ async def test_crash_is_counted_after_a_resume_too(redis_url: str, folder: Path)
         await book.append(claim, [QUEUED, RUNNING, pause, QUEUED, RUNNING])
         await book.append(claim, [Draft("again", facts=Facts(claimed=True))])
         assert (claim.job.attempts, claim.job.crashes) == (3, 1)
+
+
+async def failed_job(book: JobBook, error: LorafleetError) -> str:
+    job = await book.create(request(), message="created")
+    claim = await claimed(book, job.id)
+    checkpoint = Checkpoint("ftckpt-1", 5, datetime.now(UTC), 1.0, "sha256:0", 10)
+    kept = Draft("checkpoint", facts=Facts(checkpoint=checkpoint))
+    failure = Draft("failed", state=JobState.FAILED, facts=Facts(failure=JobFailure.of(error)))
+    await book.append(claim, [QUEUED, RUNNING, kept, failure])
+    await book.release(claim)
+    return job.id
+
+
+@pytest.mark.parametrize("reason", ["storage_full", "out_of_memory", "worker_crashed"])
+async def test_row_60_job_that_failed_for_want_of_room_or_memory_can_be_resumed(
+    redis_url: str, folder: Path, reason: str
+) -> None:
+    async with open_desk(redis_url, folder) as desk:
+        book = desk.book()
+        job_id = await failed_job(book, ResourceExhausted(reason, "no room", final=True))
+        view = await book.resume("acme", job_id)
+        assert (view.state, view.job.failure, view.job.end_time) == (JobState.QUEUED, None, None)
+        assert view.job.checkpoints[-1].step == 5
+        claim = await book.claim_next(Lane.TRAINING, passing_over=())
+        assert claim is not None
+        await desk.redis.flushall()
+        assert (await book.get("acme", job_id)).job == claim.job
+
+
+async def test_job_that_failed_by_itself_cannot_be_resumed(redis_url: str, folder: Path) -> None:
+    async with open_desk(redis_url, folder) as desk:
+        book = desk.book()
+        job_id = await failed_job(book, FailedPrecondition("diverged", "not finite", final=True))
+        with pytest.raises(FailedPrecondition) as caught:
+            await book.resume("acme", job_id)
+        assert caught.value.reason == "already_finished"
