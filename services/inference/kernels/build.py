@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("lanes.h", "linear.c", "attention.c")
+SOURCES = ("lanes.h", "linear.h", "attention.h", "linear.c", "attention.c", "decoder.c")
 FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-fopenmp")
 
 _COMPILERS = ("cc", "gcc", "clang")

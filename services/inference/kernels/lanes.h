@@ -4,6 +4,10 @@
 
 #include <stdint.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #if defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX__)
@@ -43,8 +47,50 @@ INLINE float total(lanes value) { return total_of_eight(value); }
 INLINE float total(lanes value) { return total_of_four(value); }
 #endif
 
+typedef int32_t lanes_of_ints __attribute__((vector_size(4 * LANES)));
+
+/* e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2 and a polynomial for e^r; undefined stays undefined. */
+INLINE lanes exp_of_negative(lanes x) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    lanes_of_ints too_small = x < (lanes){0} - 87.0f;
+    lanes n = (x * 1.44269504f + magic) - magic;
+    lanes r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    lanes p = (lanes){0} + 1.98756915e-4f;
+    p = p * r + 1.39819995e-3f;
+    p = p * r + 8.33345205e-3f;
+    p = p * r + 4.16657962e-2f;
+    p = p * r + 1.66666657e-1f;
+    p = p * r + 5.00000000e-1f;
+    p = p * r * r + r + 1.0f;
+    lanes_of_ints exponent = (__builtin_convertvector(n, lanes_of_ints) + 127) << 23;
+    return (lanes)((lanes_of_ints)(p * (lanes)exponent) & ~too_small);
+}
+
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* The calling thread's number in its team, and the team's size. */
+INLINE int64_t own_thread(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+INLINE int64_t all_threads(void) {
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+
+/* Where the share of `thread` in `amount` begins, in multiples of `unit`. */
+INLINE int64_t share(int64_t amount, int64_t unit, int64_t thread, int64_t threads) {
+    int64_t units = (amount + unit - 1) / unit;
+    return least(amount, units * thread / threads * unit);
+}
 
 #endif

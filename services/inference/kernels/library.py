@@ -87,6 +87,63 @@ class Attention(ctypes.Structure):
     ]
 
 
+class Norm(ctypes.Structure):
+    """Root mean square normalisation; without `weight` the model has none there."""
+
+    _fields_: ClassVar = [("weight", _Pointer), ("epsilon", ctypes.c_float)]
+
+
+class DecoderLayer(ctypes.Structure):
+    """A decoder layer of the Llama kind, as it was loaded."""
+
+    _fields_: ClassVar = [
+        ("qkv", Layer),
+        ("o", Layer),
+        ("gate_up", Layer),
+        ("down", Layer),
+        ("input", Norm),
+        ("post_attention", Norm),
+        ("query", Norm),
+        ("key", Norm),
+        ("heads", _Integer),
+        ("kv_heads", _Integer),
+        ("head_dim", _Integer),
+        ("window", _Integer),
+        ("scaling", ctypes.c_float),
+    ]
+
+
+class Workspace(ctypes.Structure):
+    """Memory for what passes between the parts of a decoder layer."""
+
+    _fields_: ClassVar = [
+        ("normed", _Pointer),
+        ("query", _Pointer),
+        ("key", _Pointer),
+        ("value", _Pointer),
+        ("attended", _Pointer),
+        ("middle", _Pointer),
+        ("gate", _Pointer),
+        ("up", _Pointer),
+        ("scores", _Pointer),
+        ("stride", _Integer),
+    ]
+
+
+class DecodeStep(ctypes.Structure):
+    """What the decoder layers of one step have in common."""
+
+    _fields_: ClassVar = [
+        ("linear", _Pointer),
+        ("groups", _Pointer),
+        ("num_groups", _Integer),
+        ("cos", _Pointer),
+        ("sin", _Pointer),
+        ("slots", _Pointer),
+        ("work", Workspace),
+    ]
+
+
 class Kernels:
     """The functions of one compiled library.
 
@@ -105,6 +162,18 @@ class Kernels:
         """(Attention, scores, stride, threads): `scores` holds `stride` floats for each thread."""
         self.decode_attention.argtypes = [_Pointer, _Pointer, _Integer, _Integer]
         self.decode_attention.restype = None
+        self.decoder_layer = library.lorafleet_decoder_layer
+        """(DecoderLayer, DecodeStep, x, rows, keys, values, y): x and y [rows, hidden] are addresses."""
+        self.decoder_layer.argtypes = [
+            _Pointer,
+            _Pointer,
+            _Pointer,
+            _Integer,
+            _Pointer,
+            _Pointer,
+            _Pointer,
+        ]
+        self.decoder_layer.restype = None
         library.lorafleet_lanes.restype = _Integer
         self.lanes = int(library.lorafleet_lanes())
         library.lorafleet_rows_per_pass.restype = _Integer

@@ -89,7 +89,7 @@ class KernelLinear:
         segments = (Segment * len(used))(
             *(Segment(table.address, item.start, item.end) for item, table in used)
         )
-        self._low = _at_least(
+        self._low = aligned_floats(
             self._low, MAX_PROJECTIONS * sum((item.end - item.start) * table.max_rank for item, table in used)
         )
         self._bound = (segments, tables)
@@ -122,13 +122,21 @@ class KernelLinear:
         rows = x.numel() // layer.in_features
         self._call(layer, self._step, x, rows, [y])
 
+    def step(self, in_features: int, rows: int) -> Step:
+        """Return the current step's description, with room for layers of up to `in_features` and `rows`."""
+        self._make_room(in_features, rows)
+        return self._step
+
+    def _make_room(self, in_features: int, rows: int) -> None:
+        floats = in_features * -(-rows // _ALIGNMENT_FLOATS) * _ALIGNMENT_FLOATS
+        if self._packed.numel() < floats:
+            self._packed = aligned_floats(self._packed, floats)
+            self._step.packed = self._base_step.packed = self._packed.data_ptr()
+
     def _project(self, layer: KernelLayer, x: Tensor, step: Step) -> list[Tensor]:
         x = x.contiguous()
         rows = x.numel() // layer.in_features
-        floats = layer.in_features * -(-rows // _ALIGNMENT_FLOATS) * _ALIGNMENT_FLOATS
-        if self._packed.numel() < floats:
-            self._packed = _at_least(self._packed, floats)
-            self._step.packed = self._base_step.packed = self._packed.data_ptr()
+        self._make_room(layer.in_features, rows)
         outputs = [x.new_empty((*x.shape[:-1], width)) for width in layer.out_features]
         self._call(layer, step, x, rows, outputs)
         return outputs
@@ -139,7 +147,7 @@ class KernelLinear:
         self._linear(ctypes.byref(layer.record), ctypes.byref(step), x.data_ptr(), rows, *addresses)
 
 
-def _at_least(scratch: Tensor, floats: int) -> Tensor:
+def aligned_floats(scratch: Tensor, floats: int) -> Tensor:
     """Return `scratch`, or a larger one, that begins at a multiple of 64 bytes."""
     if scratch.numel() >= floats:
         return scratch

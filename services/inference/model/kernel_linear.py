@@ -52,11 +52,17 @@ class KernelLoraLinear(LoraLinear):
         self, twin: LoraLinear, binding: StepBinding, kernel: KernelLinear, row: int, max_rows: int
     ) -> None:
         super().__init__(twin.base, twin.name, binding)
+        self.row = row
         self._kernel = kernel
         self._max_rows = max_rows
         self._adapters_only = KernelLayer.of([(row, twin.base)], with_base=False)
         self._shared: SharedInput | None = None
         self._position = 0
+
+    @property
+    def streams(self) -> bool:
+        """Whether the kernel reads the base's weights."""
+        return self._shared is not None
 
     def share(self, shared: SharedInput, position: int) -> None:
         """Stream the base's weights, together with the layers of `shared`, where this one has `position`."""
@@ -95,7 +101,7 @@ class StreamedLinear(nn.Module):
         return y
 
 
-def install_kernels(model: PreTrainedModel, binding: StepBinding, kernels: Kernels) -> None:
+def install_kernels(model: PreTrainedModel, binding: StepBinding, kernels: Kernels) -> KernelLinear:
     """Put the kernels in the place of the torch forms in every layer that `install_lora` has wrapped.
 
     The model computes in float32 on a CPU.
@@ -124,6 +130,7 @@ def install_kernels(model: PreTrainedModel, binding: StepBinding, kernels: Kerne
         if isinstance(module, LoraHead) and isinstance(module.base, nn.Linear) and can_stream(module.base):
             module.base = StreamedLinear(module.base, kernel, max_rows)
     binding.kernel = kernel
+    return kernel
 
 
 def kernels_serve(dtype: torch.dtype, device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from services.inference.adapters.targets import LoraTargets
 from services.inference.kernels.attention import KernelAttention
 from services.inference.kernels.library import Kernels
 from services.inference.model.attention import ATTENTION_NAME
+from services.inference.model.decoder import install_decoder
 from services.inference.model.kernel_linear import install_kernels, kernels_serve
 from services.inference.model.linear import StepBinding, install_lora
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,8 @@ def load_base(
     dtype = torch_dtype(quantization)
     attention = None
     if kernels is not None and kernels_serve(dtype, device):
-        install_kernels(model, binding, kernels)
+        linear = install_kernels(model, binding, kernels)
+        fused = install_decoder(model, linear, kernels)
+        logger.info("compiled kernels serve the base; %d decoder layers decode in one call each", fused)
         attention = KernelAttention(kernels)
     return BaseModel(model, tokenizer, binding, targets, dtype, device, attention)
