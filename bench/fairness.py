@@ -105,9 +105,9 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--base", type=Path, default=Path("assets/base"))
     parser.add_argument("--quantization", choices=("nf4", "none"), default="none")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=12.0, help="how long the quiet send, in each part")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=6.0, help="how long the quiet send, in each part")
     parser.add_argument("--quiet", type=int, default=20, help="quiet tenants")
     parser.add_argument("--quiet-per-second", type=float, default=12.0, help="requests of all quiet tenants")
     parser.add_argument("--quiet-prompt", type=int, default=64)
@@ -253,6 +253,11 @@ def report(options: argparse.Namespace, parts: Mapping[str, Sequence[Part]]) -> 
         )
     alone = result["alone"]["quiet_first_token_ms_p95"]
     result["p95_ratio_fair"] = round(result["beside_flood"]["quiet_first_token_ms_p95"] / alone, 2)
+    rounds = zip(parts["alone"], parts["beside_flood"], strict=True)
+    result["p95_ratio_fair_by_round"] = [
+        round(percentile_95(beside.first_token_seconds) / percentile_95(one.first_token_seconds), 2)
+        for one, beside in rounds
+    ]
     result["p95_ratio_first_come"] = round(
         result["beside_flood_first_come"]["quiet_first_token_ms_p95"] / alone, 2
     )
