@@ -77,6 +77,18 @@ class Api:
                 return str(model["id"])
         raise ApiError("no base model is served", code="model_not_found")
 
+    def create_key(self, body: Mapping[str, Any]) -> Json:
+        """Make an API key; the answer holds it."""
+        return self._call("POST", "/keys", json=body)
+
+    def keys(self) -> list[Json]:
+        """Return the tenant's keys, without their secrets."""
+        return self._list("/keys")
+
+    def revoke_key(self, key_id: str) -> Json:
+        """Make a key useless."""
+        return self._call("DELETE", f"/keys/{key_id}")
+
     def upload(self, path: Path) -> str:
         """Upload a training file and return its id."""
         with path.open("rb") as file:

@@ -12,6 +12,7 @@ from lorafleet.cli.bench import bench
 from lorafleet.cli.compare import compare
 from lorafleet.cli.demo import demo
 from lorafleet.cli.jobs import jobs
+from lorafleet.cli.keys import keys
 from lorafleet.cli.listing import list_adapters
 from lorafleet.cli.logs import logs
 from lorafleet.cli.resident import ps
@@ -50,6 +51,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
 )
 for name, command in _COMMANDS:
     app.command(name)(command)
+app.add_typer(keys, name="keys")
 
 
 def main() -> None:

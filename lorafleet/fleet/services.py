@@ -76,7 +76,8 @@ def _settings(service: str, config: FleetConfig, state: StateFolder) -> dict[str
             )
         case "gateway":
             return (
-                store
+                index
+                | store
                 | registry
                 | {
                     "trainer_target": _address(config.ports.trainer),

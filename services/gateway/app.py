@@ -13,16 +13,30 @@ from starlette.exceptions import HTTPException
 
 from services.common.errors import LorafleetError
 from services.common.store import ObjectStore
-from services.gateway import adapters, chat, completions, errors, files, fine_tuning, health, models
+from services.gateway import (
+    adapters,
+    chat,
+    completions,
+    errors,
+    files,
+    fine_tuning,
+    health,
+    key_routes,
+    models,
+    usage_routes,
+)
 from services.gateway.config import GatewaySettings
 from services.gateway.errors import ClientGoneError
 from services.gateway.keys import KeyRing
+from services.gateway.limits import limiter
+from services.gateway.metering import Meter
 from services.gateway.request_boundary import RequestBoundary
 from services.gateway.rpc_door import rpc_door
 from services.gateway.served_base import ServedBase
 from services.gateway.state import Gateway
 from services.gateway.uploads import UploadSpace
 from services.gateway.upstream import Upstream
+from services.gateway.usage import UsageBook
 
 ROUTERS = (
     health.router,
@@ -32,6 +46,8 @@ ROUTERS = (
     files.router,
     fine_tuning.router,
     adapters.router,
+    key_routes.router,
+    usage_routes.router,
 )
 
 
@@ -47,16 +63,21 @@ def create_app(settings: GatewaySettings, store: ObjectStore) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         upstream = Upstream(settings)
         keys = KeyRing(store, settings.key_pepper.get_secret_value(), settings.key_cache_seconds)
-        app.state.gateway = Gateway(
-            settings=settings,
-            upstream=upstream,
-            keys=keys,
-            served_base=ServedBase(upstream.inference),
-            uploads=UploadSpace(settings.max_file_bytes, settings.max_concurrent_uploads),
-        )
-        async with rpc_door(settings, keys, upstream) as door:
-            app.state.grpc_address = door.bound if door is not None else None
-            yield
+        usage = UsageBook(store)
+        async with limiter(settings) as limits, usage.kept():
+            meter = Meter(limits, usage)
+            app.state.gateway = Gateway(
+                settings=settings,
+                upstream=upstream,
+                keys=keys,
+                served_base=ServedBase(upstream.inference),
+                uploads=UploadSpace(settings.max_file_bytes, settings.max_concurrent_uploads),
+                meter=meter,
+                usage=usage,
+            )
+            async with rpc_door(settings, keys, upstream, meter) as door:
+                app.state.grpc_address = door.bound if door is not None else None
+                yield
         await upstream.close()
 
     # No generated pages: they would be routes without a key.

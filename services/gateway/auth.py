@@ -8,7 +8,8 @@ from starlette.requests import Request
 
 from services.common.call_context import call_scope
 from services.common.errors import PermissionDenied
-from services.gateway.keys import Scope
+from services.gateway.keys import Principal, Scope
+from services.gateway.revocation import key_check
 from services.gateway.state import gateway_of
 
 
@@ -23,16 +24,25 @@ def requires(scope: Scope | None = None) -> Callable[[Request], AsyncIterator[No
     """
 
     async def admit(request: Request) -> AsyncIterator[None]:
-        principal = await gateway_of(request).keys.authenticate(
-            bearer_token(request.headers.getlist("authorization"))
-        )
+        keys = gateway_of(request).keys
+        key = bearer_token(request.headers.getlist("authorization"))
+        principal = await keys.authenticate(key)
         request.state.tenant = principal.tenant
+        request.state.principal = principal
+        request.state.key_check = key_check(keys, key)
         if scope is not None and scope not in principal.scopes:
             raise PermissionDenied("permission_denied", f"this API key may not be used for {scope.value}")
         with call_scope(tenant=principal.tenant):
             yield
 
     return admit
+
+
+def principal_of(request: Request) -> Principal:
+    """Return who makes a request that was admitted."""
+    principal = request.state.principal
+    assert isinstance(principal, Principal)
+    return principal
 
 
 def bearer_token(headers: Sequence[str]) -> str | None:

@@ -14,12 +14,12 @@ from starlette.responses import JSONResponse, Response
 
 from lorafleet.inference.v1.generation_pb2 import Delta, GenerateRequest, PositionLogprobs
 from services.common.ids import new_id
-from services.gateway.auth import requires
+from services.gateway.auth import principal_of, requires
 from services.gateway.chat_request import ChatRequest
 from services.gateway.disconnect import while_connected
 from services.gateway.generation import GenerationGroup, TokenCounts, admit, collect, finish_reason
 from services.gateway.json_body import json_body
-from services.gateway.keys import Scope
+from services.gateway.keys import Principal, Scope
 from services.gateway.logprobs import chat_logprobs
 from services.gateway.model_choice import chosen_model
 from services.gateway.sampling import sampling_params
@@ -61,14 +61,16 @@ async def create_chat_completion(
     """Answer a conversation `n` times; as one object or, with `stream`, as events."""
     gateway = gateway_of(request)
     if body.stream:
-        answer = await while_connected(request, _admit(gateway, request.state.tenant, body))
+        answer = await while_connected(request, _admit(gateway, principal_of(request), body))
         group = answer.group
-        return EventStream(_chunks(answer), on_close=group.cancel, headers=group.headers)
-    return await while_connected(request, _whole(gateway, request.state.tenant, body))
+        return EventStream(
+            _chunks(answer), on_close=group.cancel, check=request.state.key_check, headers=group.headers
+        )
+    return await while_connected(request, _whole(gateway, principal_of(request), body))
 
 
-async def _whole(gateway: Gateway, tenant: str, body: ChatRequest) -> Response:
-    answer = await _admit(gateway, tenant, body)
+async def _whole(gateway: Gateway, principal: Principal, body: ChatRequest) -> Response:
+    answer = await _admit(gateway, principal, body)
     collected, counts = await collect(answer.group, body.completions)
     choices = [
         {
@@ -105,9 +107,9 @@ async def _chunks(answer: Answer) -> AsyncGenerator[dict[str, Any]]:
         yield {**frame, "choices": [], "usage": counts.object()}
 
 
-async def _admit(gateway: Gateway, tenant: str, body: ChatRequest) -> Answer:
+async def _admit(gateway: Gateway, principal: Principal, body: ChatRequest) -> Answer:
     generate = GenerateRequest(
-        model=await chosen_model(gateway, tenant, body.model, requests=1),
+        model=await chosen_model(gateway, principal.tenant, body.model, requests=1),
         chat=body.prompt(),
         sampling=sampling_params(body, max_tokens=body.completion_limit, logprobs=body.alternatives),
     )
@@ -117,6 +119,7 @@ async def _admit(gateway: Gateway, tenant: str, body: ChatRequest) -> Answer:
         completions=body.completions,
         timeout_seconds=gateway.settings.stream_timeout_seconds,
         fields=CHAT_FIELDS,
+        charge=await gateway.meter.charge(principal, body.about_tokens),
     )
     return Answer(body, new_id("chatcmpl"), int(time.time()), group)
 

@@ -8,6 +8,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from lorafleet.inference.v1.generation_pb2 import ChatMessage, ChatPrompt
 from services.gateway.json_body import Body, field_error
+from services.gateway.metering import about_tokens
 from services.gateway.sampling import MAX_ALTERNATIVES, GenerationFields, MaxTokens
 
 MAX_MESSAGES = 1024
@@ -31,13 +32,15 @@ class Message(Body):
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
     name: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
 
+    @property
+    def text(self) -> str:
+        """The content; text parts are put together."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
     def message(self) -> ChatMessage:
-        """Return the message for inference; text parts are put together."""
-        content = (
-            self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        )
+        """Return the message for inference."""
         role = "system" if self.role == "developer" else self.role
-        return ChatMessage(role=role, content=content, name=self.name or "")
+        return ChatMessage(role=role, content=self.text, name=self.name or "")
 
 
 class TextFormat(Body):
@@ -102,6 +105,12 @@ class ChatRequest(GenerationFields):
     def alternatives(self) -> int | None:
         """How many alternatives each token is reported with; None for no log-probabilities at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def about_tokens(self) -> int:
+        """About how many tokens the request will use."""
+        text_bytes = sum(len(message.text.encode()) for message in self.messages)
+        return about_tokens(text_bytes=text_bytes, completions=self.completions, limit=self.completion_limit)
 
     def prompt(self) -> ChatPrompt:
         """Return the conversation for inference."""

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, model_validator
 
 from services.gateway.json_body import field_error
+from services.gateway.metering import about_tokens
 from services.gateway.sampling import MAX_ALTERNATIVES, GenerationFields, MaxTokens, TokenId
 
 DEFAULT_MAX_TOKENS = 16
@@ -57,3 +58,14 @@ class CompletionRequest(GenerationFields):
     def completion_limit(self) -> int:
         """Most tokens of one completion."""
         return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def about_tokens(self) -> int:
+        """About how many tokens the request will use."""
+        texts = [prompt for prompt in self.prompts if isinstance(prompt, str)]
+        return about_tokens(
+            text_bytes=sum(len(text.encode()) for text in texts),
+            tokens=sum(len(prompt) for prompt in self.prompts if not isinstance(prompt, str)),
+            completions=len(self.prompts) * self.completions,
+            limit=self.completion_limit,
+        )

@@ -16,12 +16,12 @@ from starlette.responses import JSONResponse, Response
 from lorafleet.inference.v1.generation_pb2 import Delta, GenerateRequest, PositionLogprobs, TokenPrompt
 from lorafleet.inference.v1.inference_service_pb2 import DetokenizeRequest, TokenizeRequest
 from services.common.ids import new_id
-from services.gateway.auth import requires
+from services.gateway.auth import principal_of, requires
 from services.gateway.completion_request import CompletionRequest, Prompt
 from services.gateway.disconnect import while_connected
 from services.gateway.generation import GenerationGroup, TokenCounts, admit, collect, finish_reason
 from services.gateway.json_body import json_body
-from services.gateway.keys import Scope
+from services.gateway.keys import Principal, Scope
 from services.gateway.logprobs import CompletionLogprobs, joined
 from services.gateway.model_choice import chosen_model
 from services.gateway.sampling import sampling_params
@@ -58,14 +58,16 @@ async def create_completion(
     """Complete each prompt `n` times; as one object or, with `stream`, as events."""
     gateway = gateway_of(request)
     if body.stream:
-        answer = await while_connected(request, _admit(gateway, request.state.tenant, body))
+        answer = await while_connected(request, _admit(gateway, principal_of(request), body))
         group = answer.group
-        return EventStream(_chunks(answer), on_close=group.cancel, headers=group.headers)
-    return await while_connected(request, _whole(gateway, request.state.tenant, body))
+        return EventStream(
+            _chunks(answer), on_close=group.cancel, check=request.state.key_check, headers=group.headers
+        )
+    return await while_connected(request, _whole(gateway, principal_of(request), body))
 
 
-async def _whole(gateway: Gateway, tenant: str, body: CompletionRequest) -> Response:
-    answer = await _admit(gateway, tenant, body)
+async def _whole(gateway: Gateway, principal: Principal, body: CompletionRequest) -> Response:
+    answer = await _admit(gateway, principal, body)
     collected, counts = await collect(answer.group, body.completions)
     choices = []
     for index, completion in enumerate(collected):
@@ -99,9 +101,9 @@ async def _chunks(answer: Answer) -> AsyncGenerator[dict[str, Any]]:
         yield {**frame, "choices": [], "usage": counts.object()}
 
 
-async def _admit(gateway: Gateway, tenant: str, body: CompletionRequest) -> Answer:
+async def _admit(gateway: Gateway, principal: Principal, body: CompletionRequest) -> Answer:
     prompts = body.prompts
-    model = await chosen_model(gateway, tenant, body.model, requests=len(prompts))
+    model = await chosen_model(gateway, principal.tenant, body.model, requests=len(prompts))
     echoes: list[Echo] = []
     if body.echo:
         echoes = list(await asyncio.gather(*(_echo(gateway, prompt) for prompt in prompts)))
@@ -123,6 +125,7 @@ async def _admit(gateway: Gateway, tenant: str, body: CompletionRequest) -> Answ
         completions=body.completions,
         timeout_seconds=gateway.settings.stream_timeout_seconds,
         fields=COMPLETION_FIELDS,
+        charge=await gateway.meter.charge(principal, body.about_tokens),
     )
     return Answer(body, new_id("cmpl"), int(time.time()), group, echoes)
 

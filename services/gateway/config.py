@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
-from services.common.config import ListenAddress, PeerSettings, ServiceSettings, StoreSettings
+from services.common.config import ListenAddress, PeerSettings, RedisUrl, ServiceSettings, StoreSettings
 
 KEY_CACHE_LIMIT_SECONDS = 60.0
 
@@ -22,6 +22,9 @@ class GatewaySettings(StoreSettings, PeerSettings, ServiceSettings):
     grpc_listen: ListenAddress | None = None
     """Where gRPC clients are served, with the same keys; not at all when absent."""
 
+    redis_url: RedisUrl | None = None
+    """Redis or Valkey that holds the limits of all gateways; each keeps its own when absent."""
+
     registry_target: ListenAddress = "127.0.0.1:7101"
     trainer_target: ListenAddress = "127.0.0.1:7102"
     inference_target: ListenAddress = "127.0.0.1:7103"
@@ -29,7 +32,7 @@ class GatewaySettings(StoreSettings, PeerSettings, ServiceSettings):
     key_pepper: Annotated[SecretStr, Field(min_length=16)]
     """Secret under which API keys are hashed; without it stored keys cannot be checked."""
 
-    key_cache_seconds: float = Field(default=10.0, ge=0, le=KEY_CACHE_LIMIT_SECONDS)
+    key_cache_seconds: float = Field(default=1.0, ge=0, le=KEY_CACHE_LIMIT_SECONDS)
     """How long a checked key is trusted before the store is asked again."""
 
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=64 * 1024 * 1024)

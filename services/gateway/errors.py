@@ -20,6 +20,7 @@ from services.common.errors import (
     NotFound,
     Unavailable,
 )
+from services.gateway.limits import RateLimited
 
 # What HTTP says more exactly than the canonical codes do.
 _STATUS_BY_REASON = {
@@ -58,9 +59,11 @@ def error_response(error: LorafleetError) -> JSONResponse:
 
     Stock clients try 409, 429 and 5xx again by themselves, so what can never succeed says so.
     """
-    headers = {}
+    headers: dict[str, str] = {}
     if error.retry_after_seconds is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_seconds)))
+    if isinstance(error, RateLimited):
+        headers |= error.headers
     if error.final or error.code in _FINAL_CODES:
         headers["x-should-retry"] = "false"
     if error.code is Code.UNAUTHENTICATED:

@@ -110,7 +110,7 @@ async def list_events(
             WatchJobRequest(job_id=job_id, after_event_id=after or ""),
             timeout=gateway.settings.stream_timeout_seconds,
         )
-        return EventStream(_event_objects(aiter(call)), on_close=call.cancel)
+        return EventStream(_event_objects(aiter(call)), on_close=call.cancel, check=request.state.key_check)
     ask = ListEventsRequest(job_id=job_id, page_size=page_size(after, limit))
     events = all_items(gateway.upstream.trainer.ListEvents, ask, lambda answer: answer.events)
     page = await page_after(events, lambda event: event.id, after=after, limit=limit)

@@ -22,7 +22,9 @@ from lorafleet.inference.v1.generation_pb2 import (
 )
 from services.common.errors import Internal, LorafleetError, Unavailable
 from services.gateway.errors import from_upstream
+from services.gateway.metering import Charge
 from services.gateway.upstream_fields import in_http_terms
+from services.gateway.usage import Counts
 
 if TYPE_CHECKING:
     from lorafleet.inference.v1.inference_service_pb2_grpc import InferenceServiceAsyncStub
@@ -91,8 +93,11 @@ class Generation:
 class GenerationGroup:
     """The calls of one HTTP request, one for each of its prompts."""
 
-    def __init__(self, generations: Sequence[Generation]) -> None:
+    def __init__(self, generations: Sequence[Generation], charge: Charge) -> None:
         self._generations = generations
+        self._charge = charge
+        self._generated_tokens = 0
+        self._cached_tokens: dict[int, int] = {}
 
     @property
     def started(self) -> list[Started]:
@@ -108,11 +113,12 @@ class GenerationGroup:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Which adapter version answers, as response headers; none for the base."""
+        """Which adapter version answers, and what is left of the key's limits, as response headers."""
         first = self._generations[0].started
         if not first.version_digest:
-            return {}
+            return dict(self._charge.headers)
         return {
+            **self._charge.headers,
             "x-lorafleet-version": first.version_ref,
             "x-lorafleet-digest": first.version_digest,
         }
@@ -133,6 +139,7 @@ class GenerationGroup:
                 elif isinstance(item, LorafleetError):
                     raise item
                 else:
+                    self._count(*item)
                     yield item
         finally:
             for pump in pumps:
@@ -141,9 +148,22 @@ class GenerationGroup:
             self.cancel()
 
     def cancel(self) -> None:
-        """End all calls."""
+        """End all calls, and settle for what they have used."""
         for generation in self._generations:
             generation.cancel()
+        used = Counts(
+            prompt_tokens=sum(started.prompt_tokens for started in self.started),
+            cached_tokens=sum(self._cached_tokens.values()),
+            completion_tokens=self._generated_tokens,
+        )
+        self._charge.settle(used, self._generations[0].started.version_ref.partition(":")[0])
+
+    def _count(self, prompt: int, item: Delta | Finished) -> None:
+        """Count as it comes: an answer that is broken off has been worked for too."""
+        if isinstance(item, Delta):
+            self._generated_tokens += len(item.token_ids)
+        else:
+            self._cached_tokens.setdefault(prompt, item.usage.cached_tokens)
 
 
 async def admit(
@@ -153,6 +173,7 @@ async def admit(
     completions: int,
     timeout_seconds: float,
     fields: Mapping[str, str],
+    charge: Charge,
 ) -> GenerationGroup:
     """Start one call per request and return when all are admitted; when one is refused, none goes on.
 
@@ -162,6 +183,7 @@ async def admit(
         completions: how many each prompt gets.
         timeout_seconds: for each call as a whole.
         fields: how the HTTP request names inference's fields.
+        charge: what the request reserved; the group settles it.
 
     Raises:
         LorafleetError: the first refusal.
@@ -169,7 +191,7 @@ async def admit(
     generations = [
         Generation(inference.Generate(request, timeout=timeout_seconds), fields) for request in requests
     ]
-    group = GenerationGroup(generations)
+    group = GenerationGroup(generations, charge)
     waiting = [asyncio.create_task(generation.admit(completions)) for generation in generations]
     try:
         await asyncio.gather(*waiting)

@@ -83,6 +83,7 @@ class LorafleetOptions(Body):
     token_budget: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
     minutes_budget: float | None = None
     joint: bool | None = None
+    strict: bool | None = None
 
 
 class Supervised(Body):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from services.common.errors import NotFound, Unauthenticated
+from services.common.errors import NotFound, Unauthenticated, Unavailable
 from services.common.names import tenant_name
 from services.common.store import ObjectExistsError, ObjectNotFoundError, ObjectStore
 
@@ -35,6 +35,8 @@ _CACHE_ENTRIES = 10_000
 # A key may be used right after it was made, so its absence is not remembered for long.
 _ABSENT_CACHE_SECONDS = 1.0
 _NO_DIGEST = "0" * 64
+# How long a key that was good is trusted while the store does not answer.
+STALE_SECONDS = 60.0
 
 
 class Scope(enum.StrEnum):
@@ -44,7 +46,19 @@ class Scope(enum.StrEnum):
     FILES = "files"
     FINE_TUNING = "fine_tuning"
     ADAPTERS = "adapters"
+    KEYS = "keys"
     OPERATE = "operate"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """How much a key may ask for; None is no limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+
+NO_LIMITS = KeyLimits()
 
 
 class KeyRecord(BaseModel):
@@ -58,6 +72,9 @@ class KeyRecord(BaseModel):
     digest: str
     create_time: int
     expire_time: int | None = None
+    name: str = ""
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +84,13 @@ class Principal:
     key_id: str
     tenant: str
     scopes: frozenset[Scope]
+    limits: KeyLimits = NO_LIMITS
 
 
 @dataclass(frozen=True, slots=True)
 class _Cached:
     record: KeyRecord | None
+    read_at: float
     until: float
 
 
@@ -87,7 +106,19 @@ class KeyRing:
     def create(
         self, tenant: str, scopes: Iterable[Scope] = tuple(Scope), *, lifetime_seconds: int | None = None
     ) -> str:
-        """Store a new key of `tenant` and return it; it cannot be read again.
+        """Store a new key of `tenant` and return it; it cannot be read again. Errors as `make`."""
+        return self.make(tenant, scopes, lifetime_seconds=lifetime_seconds)[1]
+
+    def make(
+        self,
+        tenant: str,
+        scopes: Iterable[Scope],
+        *,
+        name: str = "",
+        lifetime_seconds: int | None = None,
+        limits: KeyLimits = NO_LIMITS,
+    ) -> tuple[KeyRecord, str]:
+        """Store a new key of `tenant`; return its record and the key itself, which cannot be read again.
 
         Raises:
             InvalidArgument: `bad_tenant`.
@@ -104,9 +135,21 @@ class KeyRing:
             digest=self._digest(key),
             create_time=now,
             expire_time=None if lifetime_seconds is None else now + lifetime_seconds,
+            name=name,
+            requests_per_minute=limits.requests_per_minute,
+            tokens_per_minute=limits.tokens_per_minute,
         )
+        # The listing's entry first: a key that works and is in no list could not be found to be revoked.
+        self._store.put(_tenant_entry(tenant, key_id), b"", if_absent=True)
         self._store.put(_record_key(key_id), record.model_dump_json().encode(), if_absent=True)
-        return key
+        return record, key
+
+    def of_tenant(self, tenant: str) -> list[KeyRecord]:
+        """Return the records of a tenant's keys that were not revoked, oldest first."""
+        prefix = _tenant_entry(tenant, "")
+        ids = [entry.key.removeprefix(prefix) for entry in self._store.list(prefix)]
+        records = [record for record in map(self._stored, ids) if record is not None]
+        return sorted(records, key=lambda record: (record.create_time, record.id))
 
     def revoke(self, key_id: str) -> None:
         """Make a key useless; running gateways notice within their `key_cache_seconds`.
@@ -138,18 +181,26 @@ class KeyRing:
         is_right = hmac.compare_digest(self._digest(key), record.digest if record else _NO_DIGEST)
         if record is None or not is_right or _is_expired(record):
             raise _invalid_api_key()
-        return Principal(record.id, record.tenant, record.scopes)
+        limits = KeyLimits(record.requests_per_minute, record.tokens_per_minute)
+        return Principal(record.id, record.tenant, record.scopes, limits)
 
     async def _record(self, key_id: str) -> KeyRecord | None:
-        cached = self._cache.get(key_id)
-        if cached is None or cached.until <= time.monotonic():
+        cached, now = self._cache.get(key_id), time.monotonic()
+        if cached is not None and now < cached.until:
+            return cached.record
+        try:
             record = await asyncio.to_thread(self._stored, key_id)
-            seconds = self._cache_seconds if record else min(self._cache_seconds, _ABSENT_CACHE_SECONDS)
-            cached = _Cached(record, time.monotonic() + seconds)
-            self._cache[key_id] = cached
-            if len(self._cache) > _CACHE_ENTRIES:
-                self._cache.popitem(last=False)
-        return cached.record
+        except Unavailable:
+            # A key that was good a moment ago stays good while nobody can tell.
+            if cached is None or cached.record is None or now - cached.read_at > STALE_SECONDS:
+                raise
+            return cached.record
+        seconds = self._cache_seconds if record else min(self._cache_seconds, _ABSENT_CACHE_SECONDS)
+        self._cache[key_id] = _Cached(record, now, now + seconds)
+        self._cache.move_to_end(key_id)
+        if len(self._cache) > _CACHE_ENTRIES:
+            self._cache.popitem(last=False)
+        return record
 
     def _stored(self, key_id: str) -> KeyRecord | None:
         """Return the record of a key that exists and is not revoked."""
@@ -169,6 +220,10 @@ class KeyRing:
 
 def _record_key(key_id: str) -> str:
     return f"gateway/keys/{key_id}.json"
+
+
+def _tenant_entry(tenant: str, key_id: str) -> str:
+    return f"gateway/tenants/{tenant}/keys/{key_id}"
 
 
 def _revocation_key(key_id: str) -> str:

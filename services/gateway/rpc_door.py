@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +21,10 @@ from services.common.rpc.call import Call
 from services.common.server import ServiceHost
 from services.gateway.auth import bearer_token
 from services.gateway.config import GatewaySettings
-from services.gateway.keys import KeyRing
+from services.gateway.keys import KeyRing, Principal
+from services.gateway.metering import Meter
+from services.gateway.revocation import Check, guarded, key_check
+from services.gateway.rpc_metering import Tally, is_metered
 from services.gateway.rpc_methods import PublicMethod, public_methods
 from services.gateway.upstream import Upstream
 
@@ -27,9 +32,20 @@ from services.gateway.upstream import Upstream
 _OURS = "lorafleet-"
 
 
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """Who makes the present call, and what raises once its key is no longer good."""
+
+    principal: Principal
+    check: Check
+
+
+_caller: ContextVar[_Caller] = ContextVar("lorafleet_caller")
+
+
 @asynccontextmanager
 async def rpc_door(
-    settings: GatewaySettings, keys: KeyRing, upstream: Upstream
+    settings: GatewaySettings, keys: KeyRing, upstream: Upstream, meter: Meter
 ) -> AsyncIterator[ServiceHost | None]:
     """Run the gRPC server of a gateway while the body runs; nothing where no address is set for it."""
     if settings.grpc_listen is None:
@@ -40,7 +56,8 @@ async def rpc_door(
     own = settings.model_copy(update={"listen": settings.grpc_listen, "port_file": None})
     host = ServiceHost(own, names, caller=_key_layer(keys, methods), checks_callers=True)
     for service, of_service in groupby(methods, key=lambda method: method.service):
-        handlers = {method.name: _handler(upstream.channel(service), method) for method in of_service}
+        channel = upstream.channel(service)
+        handlers = {method.name: _handler(channel, method, meter) for method in of_service}
         host.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     await host.start()
     await host.ready()
@@ -61,18 +78,22 @@ def _key_layer(
         if not call.is_ours:
             yield
             return
-        principal = await keys.authenticate(bearer_token(call.values("authorization")))
+        key = bearer_token(call.values("authorization"))
+        principal = await keys.authenticate(key)
         scope = scopes[call.method]
         if scope is not None and scope not in principal.scopes:
             raise PermissionDenied("permission_denied", f"this API key may not be used for {scope.value}")
         call.tenant = principal.tenant
+        _caller.set(_Caller(principal, key_check(keys, key)))
         with call_scope(tenant=principal.tenant):
             yield
 
     return layer
 
 
-def _handler(channel: grpc.aio.Channel, method: PublicMethod) -> grpc.RpcMethodHandler[Any, Any]:
+def _handler(
+    channel: grpc.aio.Channel, method: PublicMethod, meter: Meter
+) -> grpc.RpcMethodHandler[Any, Any]:
     """Return the handler that passes a method's calls on."""
     multicallables: dict[tuple[bool, bool], Any] = {
         (False, False): channel.unary_unary,
@@ -83,17 +104,22 @@ def _handler(channel: grpc.aio.Channel, method: PublicMethod) -> grpc.RpcMethodH
     behind = multicallables[method.streams_requests, method.streams_responses](method.path)
 
     async def answer_once(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        return await behind(request)
+        async with _metered(meter, method, request) as see:
+            answer = await behind(request)
+            see(answer)
+            return answer
 
     async def answer_stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        call = behind(request)
-        try:
-            await context.send_initial_metadata(_for_client(await call.initial_metadata()))
-            async for message in call:
-                yield message
-        finally:
-            # Of no effect where it has ended; where the client is gone, the work must end too.
-            call.cancel()
+        async with _metered(meter, method, request) as see:
+            call = behind(request)
+            try:
+                await context.send_initial_metadata(_for_client(await call.initial_metadata()))
+                async for message in guarded(aiter(call), _caller.get().check):
+                    see(message)
+                    yield message
+            finally:
+                # Of no effect where it has ended; where the client is gone, the work must end too.
+                call.cancel()
 
     make: dict[tuple[bool, bool], Any] = {
         (False, False): grpc.unary_unary_rpc_method_handler,
@@ -105,6 +131,22 @@ def _handler(channel: grpc.aio.Channel, method: PublicMethod) -> grpc.RpcMethodH
         answer_stream if method.streams_responses else answer_once
     )
     return handler
+
+
+@asynccontextmanager
+async def _metered(
+    meter: Meter, method: PublicMethod, request: Any
+) -> AsyncIterator[Callable[[bytes], None]]:
+    """Charge for a call, and yield what each message of its answer is shown to."""
+    if not is_metered(method.path):
+        yield lambda _: None
+        return
+    tally = Tally(method.path, request)
+    charge = await meter.charge(_caller.get().principal, tally.about)
+    try:
+        yield tally.see
+    finally:
+        charge.settle(tally.counts, tally.adapter)
 
 
 def _for_client(metadata: Any) -> list[tuple[str, str | bytes]]:

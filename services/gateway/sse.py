@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from services.common.errors import LorafleetError
 from services.gateway.disconnect import race
 from services.gateway.errors import ClientGoneError, error_body, from_upstream, internal
+from services.gateway.revocation import Check, guarded
 
 _logger = logging.getLogger("lorafleet.gateway.sse")
 
@@ -31,10 +32,14 @@ class EventStream(Response):
         source: AsyncGenerator[Mapping[str, Any]],
         *,
         on_close: Callable[[], object],
+        check: Check,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Take the objects to send, and what frees their source: it is called in any case."""
+        """Take the objects to send, what frees their source (it is called in any case), and what raises once
+        the client may no longer have them.
+        """
         self._source = source
+        self._check = check
         self._on_close = on_close
         self.status_code = 200
         self.background = None
@@ -55,7 +60,7 @@ class EventStream(Response):
         last = DONE
         async with aclosing(self._source) as source:
             try:
-                async for item in source:
+                async for item in guarded(source, self._check):
                     await send({"type": "http.response.body", "body": event(item), "more_body": True})
             except LorafleetError as error:
                 last = event(error_body(error))

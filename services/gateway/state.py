@@ -8,9 +8,11 @@ from starlette.requests import Request
 
 from services.gateway.config import GatewaySettings
 from services.gateway.keys import KeyRing
+from services.gateway.metering import Meter
 from services.gateway.served_base import ServedBase
 from services.gateway.uploads import UploadSpace
 from services.gateway.upstream import Upstream
+from services.gateway.usage import UsageBook
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,8 @@ class Gateway:
     keys: KeyRing
     served_base: ServedBase
     uploads: UploadSpace
+    meter: Meter
+    usage: UsageBook
 
 
 def gateway_of(request: Request) -> Gateway:

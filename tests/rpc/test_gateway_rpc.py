@@ -177,6 +177,7 @@ def test_a_client_that_knows_only_the_address(gateway: GatewayUnderTest) -> None
 async def test_keys_do_not_travel_in_plain_text(gateway: GatewayUnderTest) -> None:
     settings: GatewaySettings = gateway.app.state.gateway.settings
     reachable = settings.model_copy(update={"grpc_listen": "0.0.0.0:0"})
+    state = gateway.app.state.gateway
     with pytest.raises(FailedPrecondition, match="plain text"):
-        async with rpc_door(reachable, gateway.keys, gateway.app.state.gateway.upstream):
+        async with rpc_door(reachable, gateway.keys, state.upstream, state.meter):
             pass

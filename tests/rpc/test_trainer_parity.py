@@ -25,7 +25,8 @@ from tests.support.trainer import (
     spec,
 )
 
-# A scale of 5 / 4 is folded into B with a rounding, so that serving and training cannot agree to the last bit.
+# A scale of 5 / 4 is folded into B with a rounding, so that serving and training cannot agree to the last
+# bit.
 SPEC = spec(n_epochs=2, batch_size=4, validation_fraction=0.25, alpha=5.0)
 
 

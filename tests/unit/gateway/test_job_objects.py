@@ -43,7 +43,7 @@ def test_everything_arrives() -> None:
         "gradient_checkpointing": True, "task_metric": "rouge_l",
         "evaluation_rows": 9, "recipe": "paper", "optimizer": "adamw_8bit", "packing": True,
         "group_by_length": True, "lora_plus_ratio": 4.0, "early_stopping_patience": 2,
-        "token_budget": 10**12, "minutes_budget": 1.5, "joint": True,
+        "token_budget": 10**12, "minutes_budget": 1.5, "joint": True, "strict": True,
     }  # fmt: skip
     method = supervised(hyperparameters={"n_epochs": 2, "batch_size": 3}, lorafleet=options)
     request = check(
