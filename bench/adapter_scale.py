@@ -145,9 +145,13 @@ def main() -> None:
     parser.add_argument("--warm-requests", type=int, default=1500)
     parser.add_argument("--requests", type=int, default=200, help="of each round")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--folder", type=Path, help="keep the registry here for the next run")
+    parser.add_argument("--publish-only", action="store_true", help="end when the registry is filled")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = asyncio.run(measure(options, Path(folder)))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        result = asyncio.run(measure(options, folder.resolve()))
     print(json.dumps(result))
 
 
@@ -157,6 +161,8 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     mean_bytes = mean_float32_bytes(options.base, adapters)
     settings = settings_of(options, folder, mean_bytes, "127.0.0.1:1")
     async with published(folder, options.base, settings.base_quantization, adapters) as (client, target):
+        if options.publish_only:
+            return {"published": len(adapters)}
         settings = settings_of(options, folder, mean_bytes, target)
         base = await asyncio.to_thread(load, settings)
         sources = await resolve_all(client, base, adapters)
@@ -180,7 +186,7 @@ def serve(
     try:
         few.run(options.requests)
         many.run(options.warm_requests)
-        print("warm", flush=True)
+        print(f"warm, after {cache.stats().loads} loads", flush=True)
         rounds = [(one_round(few, options), one_round(many, options)) for _ in range(options.rounds)]
     finally:
         stop.set()

@@ -91,7 +91,10 @@ def files_of(adapter: RandomAdapter, shapes: dict[str, tuple[int, int]]) -> dict
 async def published(
     folder: Path, base: Path, quantization: Quantization, adapters: Sequence[RandomAdapter]
 ) -> AsyncIterator[tuple[Client, str]]:
-    """Run a registry with a base and `adapters` in it; yield a client and its address."""
+    """Run a registry with a base and `adapters` in it; yield a client and its address.
+
+    What an earlier run has published in `folder` is not published again.
+    """
     async with AsyncExitStack() as stack:
         valkey = stack.enter_context(EmbeddedValkey.start(folder / "valkey"))
         settings = {"REDIS_URL": valkey.url, "STORE_URL": f"file://{folder}/store"}
@@ -103,10 +106,13 @@ async def published(
         await client.call(
             client.bases.CreateBaseModel, base_model_pb2.CreateBaseModelRequest(base_model=record)
         )
-        shapes, left = linear_shapes(base), iter(adapters)
+        done = folder / "published"
+        known = set(done.read_text().split()) if done.exists() else set()
+        shapes, left = linear_shapes(base), iter([one for one in adapters if one.name not in known])
         await asyncio.gather(
             *(_publish_all(client, left, shapes, record.fingerprint.digest) for _ in range(_PUBLISHERS))
         )
+        done.write_text("\n".join(known | {one.name for one in adapters}))
         yield client, target
 
 

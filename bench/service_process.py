@@ -23,6 +23,7 @@ def service_process(name: str, folder: Path, settings: Mapping[str, object]) -> 
         settings: by their names without the service's prefix; LISTEN is a free port.
     """
     port_file = folder / f"{name}.port"
+    port_file.unlink(missing_ok=True)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LORAFLEET_")}
     values = {"LISTEN": "127.0.0.1:0", **settings}
     environment |= {f"LORAFLEET_{name.upper()}_{key}": str(value) for key, value in values.items()}
