@@ -25,7 +25,10 @@ from services.gateway.model_choice import chosen_model
 from services.gateway.sampling import sampling_params
 from services.gateway.sse import EventStream
 from services.gateway.state import Gateway, gateway_of
+from services.gateway.tools import Call, HeldText, Tool, read_call
 from services.gateway.upstream_fields import CHAT_FIELDS
+
+_TOOL_CALLS = "tool_calls"
 
 router = APIRouter(dependencies=[Depends(requires(Scope.INFERENCE))])
 
@@ -75,9 +78,8 @@ async def _whole(gateway: Gateway, principal: Principal, body: ChatRequest) -> R
     choices = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(completion.text), "refusal": None},
+            **_message("".join(completion.text), completion.finish_reason, body.callable_tools),
             "logprobs": answer.logprobs(completion.logprobs),
-            "finish_reason": completion.finish_reason,
         }
         for index, completion in enumerate(collected)
     ]
@@ -94,15 +96,25 @@ async def _chunks(answer: Answer) -> AsyncGenerator[dict[str, Any]]:
     frame = {**answer.frame("chat.completion.chunk"), **usage}
     for index in range(body.completions):
         yield {**frame, "choices": [_choice(index, {"role": "assistant", "content": "", "refusal": None})]}
+    held = [HeldText() for _ in range(body.completions)]
     async with aclosing(answer.group.events()) as events:
         async for prompt, item in events:
             if isinstance(item, Delta):
-                if item.text or item.logprobs:
+                text = held[item.index].push(item.text) if body.callable_tools else item.text
+                if text or item.logprobs:
                     logprobs = answer.logprobs(item.logprobs)
-                    yield {**frame, "choices": [_choice(item.index, {"content": item.text}, logprobs)]}
+                    yield {**frame, "choices": [_choice(item.index, {"content": text}, logprobs)]}
             else:
                 counts.add(prompt, item.usage)
-                yield {**frame, "choices": [_choice(item.index, {}, end=finish_reason(item))]}
+                end = finish_reason(item)
+                rest = held[item.index].end(body.callable_tools)
+                if isinstance(rest, Call):
+                    end = _TOOL_CALLS
+                    delta = {"tool_calls": [{"index": 0, **rest.as_object()}]}
+                    yield {**frame, "choices": [_choice(item.index, delta)]}
+                elif rest:
+                    yield {**frame, "choices": [_choice(item.index, {"content": rest})]}
+                yield {**frame, "choices": [_choice(item.index, {}, end=end)]}
     if usage:
         yield {**frame, "choices": [], "usage": counts.object()}
 
@@ -111,7 +123,12 @@ async def _admit(gateway: Gateway, principal: Principal, body: ChatRequest) -> A
     generate = GenerateRequest(
         model=await chosen_model(gateway, principal.tenant, body.model, requests=1),
         chat=body.prompt(),
-        sampling=sampling_params(body, max_tokens=body.completion_limit, logprobs=body.alternatives),
+        sampling=sampling_params(
+            body,
+            max_tokens=body.completion_limit,
+            logprobs=body.alternatives,
+            json_schema=body.json_schema,
+        ),
     )
     group = await admit(
         gateway.upstream.inference,
@@ -122,6 +139,18 @@ async def _admit(gateway: Gateway, principal: Principal, body: ChatRequest) -> A
         charge=await gateway.meter.charge(principal, body.about_tokens),
     )
     return Answer(body, new_id("chatcmpl"), int(time.time()), group)
+
+
+def _message(text: str, end: str, tools: Sequence[Tool]) -> dict[str, Any]:
+    """Return the `message` and `finish_reason` of a choice, which is text or a call of one of `tools`."""
+    call = read_call(text, tools) if tools else None
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if call is None:
+        return {"message": message, "finish_reason": end}
+    return {
+        "message": message | {"content": None, "tool_calls": [call.as_object()]},
+        "finish_reason": _TOOL_CALLS,
+    }
 
 
 def _choice(

@@ -100,6 +100,7 @@ def sampling_params(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    json_schema: str | None = None,
 ) -> SamplingParams:
     """Return the parameters for inference; what was left out stays out, so that inference's defaults hold."""
     given: dict[str, Any] = {
@@ -117,6 +118,7 @@ def sampling_params(
         "ignore_eos": fields.ignore_eos,
         "logprobs": logprobs,
         "prompt_logprobs": prompt_logprobs,
+        "json_schema": json_schema,
     }
     stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop
     return SamplingParams(

@@ -19,7 +19,12 @@ COMPLETION_FIELDS = {
     "tokens.token_ids": "prompt",
     "tokens": "prompt",
 }
-CHAT_FIELDS = {**COMPLETION_FIELDS, "prompt": "messages"}
+CHAT_FIELDS = {
+    "sampling.json_schema": "response_format",
+    "chat.tools": "tools",
+    **COMPLETION_FIELDS,
+    "prompt": "messages",
+}
 
 
 def in_http_terms(error: LorafleetError, fields: Mapping[str, str] = COMPLETION_FIELDS) -> LorafleetError:

@@ -121,8 +121,10 @@ OUT_OF_RANGE = [
 ]
 USER = {"role": "user", "content": "a"}
 CHAT_ONLY = [
-    (68, {"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-    (68, {"response_format": {"type": "json_object"}}, "response_format.type", "invalid_value"),
+    (68, {"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
+    (68, {"tools": [{"type": "custom", "custom": {}}]}, "tools[0].custom", "unsupported_parameter"),
+    (68, {"tool_choice": "required"}, "tool_choice", "invalid_value"),
+    (68, {"response_format": {"type": "grammar"}}, "response_format", "invalid_value"),
     (68, {"modalities": ["audio"]}, "modalities[0]", "invalid_value"),
     (73, {"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "invalid_value"),
     (73, {"max_completion_tokens": 0}, "max_completion_tokens", "invalid_value"),

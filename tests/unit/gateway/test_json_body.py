@@ -63,14 +63,14 @@ def test_row_67_a_million_keys_cost_next_to_nothing() -> None:
         ),
         (
             {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]},
-            "messages[0].tool_calls",
-            "unsupported_parameter",
+            "messages[0].tool_calls[0]",
+            "invalid_value",
         ),
         ({"stop": ["a", ""]}, "stop[1]", "invalid_value"),
         ({"logit_bias": {"7": 101}}, "logit_bias.7", "invalid_value"),
         ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
-        ({"temperature": 9, "tools": []}, "tools", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "invalid_value"),
+        ({"temperature": 9, "functions": []}, "functions", "unsupported_parameter"),
+        ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
     ],
 )
 def test_errors_name_the_field(change: dict[str, object], field: str, reason: str) -> None:
