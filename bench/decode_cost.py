@@ -18,7 +18,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +34,38 @@ DISTINCT = (1, 4, 16)
 ALLOWED_LORA = 1.5
 ALLOWED_BASE_RATIO = 0.98
 AIM_STEP = 1.7
+MEASURE_EVERY = 4
 GIB = 1 << 30
 
 
-@dataclass(slots=True)
 class Machine:
-    """What the machine can do, the best of all measurements of this run."""
+    """What the machine can do: medians of measurements made between the steps, as the steps' own are."""
 
-    bytes_per_second: float = 0.0
-    flops: float = 0.0
-    _read: torch.Tensor = field(default_factory=lambda: torch.ones(100 << 20))
-    _square: torch.Tensor = field(default_factory=lambda: torch.ones(2048, 2048))
+    def __init__(self) -> None:
+        self._read = torch.ones(50 << 20)
+        self._square = torch.ones(1024, 1024)
+        self._rates: list[tuple[float, float]] = []
 
     def measure(self) -> None:
-        """Read 400 MiB, and multiply 2048 x 2048 matrices, three times each."""
-        for _ in range(3):
-            self.bytes_per_second = max(self.bytes_per_second, self._read.nbytes / seconds(self._read.sum))
-            spent = seconds(lambda: self._square @ self._square)
-            self.flops = max(self.flops, 2 * 2048**3 / spent)
+        """Read 200 MiB, and multiply 1024 x 1024 matrices."""
+        read = seconds(self._read.sum)
+        multiplied = seconds(lambda: self._square @ self._square)
+        self._rates.append((self._read.nbytes / read, 2 * 1024**3 / multiplied))
+
+    @property
+    def bytes_per_second(self) -> float:
+        """The bandwidth of reading memory."""
+        return statistics.median(rate for rate, _ in self._rates)
+
+    @property
+    def best_bytes_per_second(self) -> float:
+        """The largest bandwidth that was ever measured."""
+        return max(rate for rate, _ in self._rates)
+
+    @property
+    def flops(self) -> float:
+        """The rate of a matrix product."""
+        return statistics.median(rate for _, rate in self._rates)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -68,15 +81,10 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        bench = Bench(options, scratch)
         machine = Machine()
-        machine.measure()
-        rounds = []
-        for _ in range(options.rounds):
-            rounds.append(bench.round())
-            machine.measure()
+        bench = Bench(options, scratch, machine)
+        rounds = [bench.round() for _ in range(options.rounds)]
         registered = [bench.registered_round() for _ in range(options.rounds)]
-        machine.measure()
         report(options, bench, machine, rounds, registered)
         bench.close()
 
@@ -113,8 +121,9 @@ class Folders:
 class Bench:
     """One engine per number of distinct adapters, and one that has loaded many."""
 
-    def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
+    def __init__(self, options: argparse.Namespace, scratch: Path, machine: Machine) -> None:
         self.options = options
+        self._machine = machine
         self.base = make_base(scratch / "base")
         folders = {
             digest(n): make_adapter(self.base, scratch / f"adapter-{n}", rank=options.rank, seed=n)
@@ -170,6 +179,8 @@ class Bench:
         spent: dict[int, list[float]] = {n: [] for n in engines}
         # The first token came with the prompt.
         for step in range(options.tokens - 1):
+            if step % MEASURE_EVERY == 0:
+                self._machine.measure()
             # In turns forwards and backwards, so that no engine always follows the same one.
             for n in list(engines)[:: 1 if step % 2 else -1]:
                 spent[n].append(seconds(engines[n].step))
@@ -182,12 +193,12 @@ class Bench:
         """
         weights, keys = self._weights_and_keys()
         length = self.options.prompt_tokens + self.options.tokens // 2
-        return 4 * (weights + 2 * self.options.rows * length * keys)
+        return 4 * (weights + 2 * int(self.options.rows) * int(length) * keys)
 
     def step_operations(self) -> int:
         """Multiplications and additions of a base-only decode step's linear layers."""
         weights, _ = self._weights_and_keys()
-        return 2 * self.options.rows * weights
+        return 2 * int(self.options.rows) * weights
 
     def _weights_and_keys(self) -> tuple[int, int]:
         """Weights of all linear layers and the head, and elements of one token's keys in all layers."""
@@ -238,6 +249,7 @@ def report(
         "decode_tokens": options.tokens,
         "rounds": options.rounds,
         "read_gigabytes_per_second": round(machine.bytes_per_second / 1e9, 1),
+        "best_read_gigabytes_per_second": round(machine.best_bytes_per_second / 1e9, 1),
         "gemm_gflops": round(machine.flops / 1e9),
         "step_floor_ms": round(floor * 1e3, 2),
         "base_step_ms": round(base * 1e3, 2),

@@ -2,14 +2,16 @@
 
 One line is one object: `ts`, `level`, `logger`, `message`, `service`, then `request_id`, `tenant` and
 `trace_id` where there are any, then whatever a call passed as `extra`. JSON escapes line breaks and control
-characters, so no value can forge a line; long values are cut.
+characters, so no value can forge a line; long values are cut. Where nobody takes the lines any more, or the
+disk they go to is full, they are dropped: no call ever waits for its log.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
+import os
+import select
 import traceback
 from datetime import UTC, datetime
 
@@ -20,6 +22,7 @@ from services.common.errors import capped
 
 VALUE_LIMIT_CHARS = 2000
 TRACE_LIMIT_CHARS = 16_000
+_STANDARD_ERROR = 2
 _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -52,9 +55,61 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=True, allow_nan=False)
 
 
+class NeverBlockingHandler(logging.Handler):
+    """Writes lines to a file, a pipe or a socket, and drops those that it cannot take at once.
+
+    After a gap one line tells how many are missing.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+        self._num_dropped = 0
+        self._is_cut = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record, or drop it."""
+        try:
+            line = self.format(record)
+        except Exception:  # noqa: BLE001 - a mistake in a log line must not reach the caller
+            self.handleError(record)
+            return
+        if self._num_dropped and self._write(self._gap()):
+            self._num_dropped = 0
+        self._num_dropped += bool(self._num_dropped) or not self._write(line)
+
+    def _gap(self) -> str:
+        return self.format(
+            logging.makeLogRecord(
+                {
+                    "name": "lorafleet.logs",
+                    "levelname": "WARNING",
+                    "msg": "lines were dropped",
+                    "dropped_lines": self._num_dropped,
+                }
+            )
+        )
+
+    def _write(self, line: str) -> bool:
+        was_cut, self._is_cut = self._is_cut, False
+        data = (b"\n" if was_cut else b"") + line.encode() + b"\n"
+        for start in range(0, len(data), select.PIPE_BUF):
+            # What polls as writable takes that much without waiting.
+            try:
+                if not self._poll.poll(0):
+                    raise BlockingIOError
+                os.write(self._descriptor, data[start : start + select.PIPE_BUF])
+            except OSError:
+                self._is_cut = was_cut or start > 0
+                return False
+        return True
+
+
 def configure(service: str, level: str = "INFO") -> None:
     """Send every log record of this process, from `level` up, to standard error as JSON."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = NeverBlockingHandler(_STANDARD_ERROR)
     handler.setFormatter(JsonFormatter(service))
     root = logging.getLogger()
     root.handlers[:] = [handler]

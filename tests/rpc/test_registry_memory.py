@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from lorafleet.registry.v1 import file_pb2
 from services.common.call_context import call_scope
@@ -65,7 +66,8 @@ async def test_a_client_that_does_not_read_keeps_nobody_waiting(local: Place) ->
         request = file_pb2.DownloadFileRequest(file_id=file_id)
         with call_scope(tenant=client.tenant):
             stalled = client.files.DownloadFile(request, timeout=100)
-            assert len((await stalled.read()).data) > 0
+            first: Any = await stalled.read()
+            assert len(first.data) > 0
         async with asyncio.timeout(30):
             assert await received_bytes(client, file_id) == FILE_BYTES
         stalled.cancel()

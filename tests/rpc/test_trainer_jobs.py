@@ -139,6 +139,7 @@ def _assert_complete_card(card: adapter_pb2.ModelCard, job: job_pb2.Job) -> None
     subjects = {(metric.name, metric.subject) for metric in card.metrics}
     assert ("loss", "base") in subjects
     assert ("exact_match", "adapter") in subjects
+    assert ("conversion_error", "adapter") in subjects
 
 
 def _loss_by_peft(base: Path, adapter: Path, data: Path) -> float:
@@ -162,7 +163,7 @@ def _loss_by_peft(base: Path, adapter: Path, data: Path) -> float:
     return loss / count
 
 
-async def test_bad_lines_end_the_job_and_are_named(trainer: Trainer) -> None:
+async def test_row_46_bad_lines_end_the_job_and_are_named(trainer: Trainer) -> None:
     data = prompt_rows(3) + b'{"prompt": "a"}\nnot json\n'
     job = await trainer.create(data, spec())
     events = [event async for event in trainer.watch(job.id)]
@@ -231,7 +232,7 @@ async def test_result_files_cannot_be_trained_on(trainer: Trainer) -> None:
     assert caught.value.reason == "bad_purpose"
 
 
-async def test_same_idempotency_key_gives_the_same_job(trainer: Trainer) -> None:
+async def test_row_57_same_idempotency_key_gives_the_same_job(trainer: Trainer) -> None:
     file = await trainer.registry.create_file(b"no rows")
     fields = {"training_file": file.id, "idempotency_key": "submit-1"}
     first = await trainer.create(b"{}\n", spec(), **fields)
@@ -281,7 +282,7 @@ async def test_unknown_jobs_and_events_are_not_found(trainer: Trainer) -> None:
         assert caught.value.reason == reason
 
 
-async def test_cancel_within_five_seconds_and_the_next_job_runs(trainer: Trainer) -> None:
+async def test_row_63_cancel_within_five_seconds_and_the_next_job_runs(trainer: Trainer) -> None:
     long = spec(n_epochs=50, batch_size=1)
     first = await trainer.create(prompt_rows(200), long, adapter="never")
     second = await trainer.create(prompt_rows(200), long, adapter="never")

@@ -16,6 +16,9 @@ class FaultProxy:
         is_blackhole: take everything and answer nothing.
         cut_after_bytes: end a connection once so many bytes were answered on it; None: never.
         num_cuts_left: how many connections are cut that way.
+        bytes_per_second: the pace of answers; None: as they come.
+        num_slow_downs_left: how many requests are answered 503 SlowDown, as an overloaded S3 store does.
+        num_slow_downs: how many were.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -28,6 +31,9 @@ class FaultProxy:
         self.is_blackhole = False
         self.cut_after_bytes: int | None = None
         self.num_cuts_left = 0
+        self.bytes_per_second: int | None = None
+        self.num_slow_downs_left = 0
+        self.num_slow_downs = 0
 
     async def start(self) -> None:
         """Listen, on the port of before where there was one."""
@@ -51,6 +57,9 @@ class FaultProxy:
         self._tasks.add(task)
         self._writers.add(writer)
         try:
+            if self.num_slow_downs_left > 0:
+                await self._slow_down(reader, writer)
+                return
             up_reader, up_writer = await asyncio.open_connection(*self._target)
             self._writers.add(up_writer)
             try:
@@ -67,13 +76,36 @@ class FaultProxy:
             self._writers.discard(writer)
             writer.transport.abort()
 
+    async def _slow_down(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.num_slow_downs_left -= 1
+        self.num_slow_downs += 1
+        await reader.readuntil(b"\r\n\r\n")
+        body = (
+            b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your rate.</Message></Error>"
+        )
+        head = f"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
+        writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
+        await writer.drain()
+        writer.write_eof()
+        # An answer that comes before the request has ended must not be lost to a reset.
+        while await reader.read(64 * 1024):
+            pass
+
+    async def drop_idle(self) -> None:
+        """Cut the connections that are open; new ones are served."""
+        for writer in tuple(self._writers):
+            writer.transport.abort()
+        await asyncio.sleep(0.05)
+
     async def _pass_on(
         self, source: asyncio.StreamReader, target: asyncio.StreamWriter, *, is_answer: bool
     ) -> None:
         num_bytes = 0
-        while data := await source.read(64 * 1024):
+        while data := await source.read(self._piece_bytes(is_answer)):
             if self.is_blackhole:
                 continue
+            if is_answer and self.bytes_per_second is not None:
+                await asyncio.sleep(len(data) / self.bytes_per_second)
             if is_answer:
                 await asyncio.sleep(self.latency_seconds)
                 num_bytes += len(data)
@@ -84,6 +116,11 @@ class FaultProxy:
             target.write(data)
             await target.drain()
         raise ConnectionResetError
+
+    def _piece_bytes(self, is_answer: bool) -> int:
+        if is_answer and self.bytes_per_second is not None:
+            return max(1, self.bytes_per_second // 10)
+        return 64 * 1024
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import hashlib
 import io
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from http import HTTPStatus
@@ -15,6 +16,7 @@ from typing import Final
 
 import urllib3
 from minio import Minio
+from minio.credentials.providers import Provider
 from minio.error import MinioException, S3Error
 from urllib3.response import BaseHTTPResponse
 
@@ -48,6 +50,8 @@ _EXPLAINED: Final = {
     "SlowDown": "it is overloaded",
 }
 
+_logger = logging.getLogger("lorafleet.store")
+
 
 class S3Store:
     """Objects in one bucket.
@@ -58,7 +62,7 @@ class S3Store:
     Args:
         endpoint: `host:port` of the server.
         bucket: its bucket; `ready` creates it where it is missing.
-        access_key, secret_key: credentials.
+        credentials: asked anew for each request.
         secure: HTTPS instead of HTTP.
         region: spares the client a question per bucket.
         connect_timeout_seconds, read_timeout_seconds: how long one request may wait.
@@ -74,12 +78,11 @@ class S3Store:
         endpoint: str,
         bucket: str,
         *,
-        access_key: str,
-        secret_key: str,
+        credentials: Provider,
         secure: bool,
         region: str = "us-east-1",
         connect_timeout_seconds: float = 5.0,
-        read_timeout_seconds: float = 60.0,
+        read_timeout_seconds: float = 30.0,
         chunk_timeout_seconds: float = 15.0,
         retries: int = 2,
         connections: int = 16,
@@ -102,7 +105,7 @@ class S3Store:
             ),
         )
         self._client = Minio(
-            endpoint, access_key, secret_key, secure=secure, region=region, http_client=self._pool
+            endpoint, secure=secure, region=region, http_client=self._pool, credentials=credentials
         )
 
     @property
@@ -305,6 +308,8 @@ def _translated(key: str | None = None) -> Iterator[None]:
             message = "The object store has no room left."
             raise ResourceExhausted("storage_full", message, resource="object store") from error
         explanation = _EXPLAINED.get(error.code)
+        if error.code in _EXPLAINED:
+            _logger.error("the object store refuses", extra={"code": error.code, "detail": explanation})
         message = f"The object store answered {error.code}" + (f": {explanation}." if explanation else ".")
         raise Unavailable(
             "store_unavailable", message, resource="object store", retry_after_seconds=RETRY_AFTER_SECONDS

@@ -7,7 +7,6 @@ evicts what is leased, kept or pinned, the device tier never what is kept or pin
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -18,9 +17,11 @@ import torch
 
 from services.common.errors import LorafleetError, ResourceExhausted
 from services.inference.adapters.demand import DemandHistory
+from services.inference.adapters.device import DeviceTier
 from services.inference.adapters.disk import DiskTier, Fetcher, folder_name
 from services.inference.adapters.entry import AdapterEntry, AdapterResidency, AdapterState
-from services.inference.adapters.eviction import Candidate, Worth, choose_victims, reload_cost_per_byte
+from services.inference.adapters.eviction import Worth, reload_cost_per_byte
+from services.inference.adapters.host import HostTier
 from services.inference.adapters.lease import Lease
 from services.inference.adapters.loader import AdapterLoader
 from services.inference.adapters.measures import CacheMeasures, CacheStats
@@ -28,9 +29,6 @@ from services.inference.adapters.reader import adapter_size_bytes, read_adapter
 from services.inference.adapters.slots import DeviceSlots
 from services.inference.adapters.targets import LoraTargets
 from services.inference.adapters.weights import AdapterWeights
-
-# From page-locked memory over PCIe, about 10 GB/s.
-_COPY_SECONDS_PER_BYTE = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +71,24 @@ class AdapterCache:
         worth: Worth = reload_cost_per_byte,
     ) -> None:
         self._disk = disk
-        self._slots = slots
         self._budget = budget
         self._clock = clock
-        self._worth = worth
         self._lock = threading.RLock()
         self._entries: dict[str, AdapterEntry] = {}
         self._waiting_for_host: list[AdapterEntry] = []
         self._history = DemandHistory(budget.demand_half_life_seconds)
-        self._host_used_bytes = 0
-        self._kept_used_bytes = 0
         self._measures = CacheMeasures()
+        self._host = HostTier(budget.host_bytes, disk, worth)
+        self._device = DeviceTier(
+            slots,
+            self._entries,
+            self._lock,
+            self._measures,
+            kept_budget_bytes=budget.kept_bytes,
+            demand_half_life_seconds=budget.demand_half_life_seconds,
+            clock=clock,
+            worth=worth,
+        )
         self._closed = False
         self._loader = AdapterLoader(
             fetcher,
@@ -94,7 +99,6 @@ class AdapterCache:
             download_threads=budget.download_threads,
             is_copied=not slots.shares_host_memory,
         )
-        slots.budget.adapters = self
         self.on_change: Callable[[], None] = _do_nothing
 
     def acquire(self, digest: str) -> Lease:
@@ -137,13 +141,13 @@ class AdapterCache:
 
     def is_on_device(self, digest: str) -> bool:
         """Whether an adapter is on the device."""
-        return digest in self._slots
+        return digest in self._device
 
     def tiers(self) -> dict[str, AdapterState]:
         """Return where each adapter is, by digest; cheaper than `residency`."""
         with self._lock:
             return {
-                digest: AdapterState.DEVICE if digest in self._slots else entry.state
+                digest: AdapterState.DEVICE if digest in self._device else entry.state
                 for digest, entry in self._entries.items()
             }
 
@@ -187,21 +191,7 @@ class AdapterCache:
             assert entry.weights is not None
             if entry.kept:
                 return False
-            wanted_bytes = self._kept_used_bytes + entry.size_bytes
-            limit_bytes = min(self._budget.kept_bytes, self._slots.budget_bytes - self._largest_other(entry))
-            if wanted_bytes > limit_bytes:
-                raise ResourceExhausted(
-                    "pin_budget_exceeded",
-                    f"The adapter takes {entry.size_bytes} bytes; pinned adapters would take {wanted_bytes} "
-                    f"of the device, and at most {limit_bytes} are given to them.",
-                    field="adapter",
-                    value=wanted_bytes,
-                    limit=limit_bytes,
-                    final=True,
-                )
-            entry.kept = True
-            self._kept_used_bytes = wanted_bytes
-            self._place_kept()
+            self._device.keep(entry)
             return True
 
     def let_go(self, digest: str) -> bool:
@@ -210,8 +200,7 @@ class AdapterCache:
             entry = self._entries.get(digest)
             if entry is None or not entry.kept:
                 return False
-            entry.kept = False
-            self._kept_used_bytes -= entry.size_bytes
+            self._device.let_go(entry)
             self._retry_waiting()
             return True
 
@@ -220,8 +209,8 @@ class AdapterCache:
         with self._lock:
             return replace(
                 self._measures.stats,
-                host_used_bytes=self._host_used_bytes,
-                device_used_bytes=self._slots.used_bytes,
+                host_used_bytes=self._host.used_bytes,
+                device_used_bytes=self._device.used_bytes,
                 disk_used_bytes=self._disk.used_bytes,
             )
 
@@ -236,7 +225,7 @@ class AdapterCache:
     def reserve(self, entry: AdapterEntry, size_bytes: int) -> bool:
         """Take host bytes for `entry`, or queue it for when others have been given back."""
         with self._lock:
-            limit = min(self._budget.host_bytes, self._slots.budget_bytes) - self._kept_used_bytes
+            limit = min(self._host.budget_bytes - self._device.kept_used_bytes, self._device.room_bytes)
             if size_bytes > limit:
                 raise ResourceExhausted(
                     "adapter_too_large",
@@ -245,11 +234,14 @@ class AdapterCache:
                     limit=limit,
                 )
             entry.size_bytes = size_bytes
-            if not self._make_host_room(size_bytes):
+            victims = self._host.victims(self._entries.values(), size_bytes, self._clock())
+            if victims is None:
                 self._waiting_for_host.append(entry)
                 return False
-            entry.reserved_bytes = size_bytes
-            self._host_used_bytes += size_bytes
+            for digest in victims:
+                self._drop(self._entries[digest])
+                self._measures.evicted("host")
+            self._host.take(entry, size_bytes)
             return True
 
     def loaded(self, entry: AdapterEntry, weights: AdapterWeights) -> None:
@@ -268,7 +260,7 @@ class AdapterCache:
             entry.error = error
             entry.state = AdapterState.FAILED
             entry.failed_until = self._clock() + self._budget.failure_seconds
-            self._give_back_host(entry)
+            self._host.give_back(entry)
             self._forget_old_failures()
             self._measures.failed(error.reason)
             self._retry_waiting()
@@ -299,125 +291,21 @@ class AdapterCache:
         with self._lock:
             assert entry.weights is not None
             assert entry.leases > 0
-            if not self._place(entry):
-                return None
-            slot = self._slots[entry.digest]
-            slot.pins += 1
-            return slot.weights
+            slot = self._device.pin(entry)
+            return None if slot is None else slot.weights
 
     def unpin(self, entry: AdapterEntry) -> None:
         """Take a sequence's pin back."""
         with self._lock:
-            slot = self._slots[entry.digest]
-            slot.pins -= 1
-            assert slot.pins >= 0
-            if self._unplaced_bytes():
-                self._place_kept()
-
-    # Room on the device, under the lock.
-
-    def _place(self, entry: AdapterEntry) -> bool:
-        if entry.digest in self._slots:
-            return True
-        assert entry.weights is not None
-        # What is kept and not there yet goes first.
-        ahead_bytes = 0 if entry.kept else self._unplaced_bytes()
-        if not self._slots.budget.make_room_for_adapters(entry.size_bytes + ahead_bytes):
-            return False
-        return self._slots.put(entry.digest, entry.weights, entry.size_bytes)
-
-    def _place_kept(self) -> None:
-        for entry in self._entries.values():
-            if entry.kept and not self._place(entry):
-                return
-
-    def _unplaced_bytes(self) -> int:
-        """Bytes of kept adapters that are not on the device yet."""
-        if not self._kept_used_bytes:
-            return 0
-        return sum(
-            entry.size_bytes
-            for entry in self._entries.values()
-            if entry.kept and entry.digest not in self._slots
-        )
-
-    def _largest_other(self, entry: AdapterEntry) -> int:
-        """Bytes of the largest adapter besides `entry` that requests hold and that is not kept."""
-        others = (
-            other.size_bytes
-            for other in self._entries.values()
-            if other is not entry and other.leases and not other.kept
-        )
-        return max(others, default=0)
-
-    # What the device's budget asks, for the KV cache's sake: see `device_budget.Holder`.
-
-    def idle_bytes(self) -> int:
-        """Return the bytes on the device that no sequence and no operator holds."""
-        with self._lock:
-            return sum(entry.size_bytes for entry in self._idle_on_device())
-
-    def idle_worth(self) -> float | None:
-        """Return the seconds per byte that the cheapest idle adapter saves, about."""
-        now = self._clock()
-        with self._lock:
-            demand = min((entry.demand.at(now) for entry in self._idle_on_device()), default=None)
-        if demand is None:
-            return None
-        # A count that halves every h seconds stands for count x ln 2 / h requests in a second.
-        return demand * math.log(2) / self._budget.demand_half_life_seconds * _COPY_SECONDS_PER_BYTE
-
-    def free_idle(self) -> bool:
-        """Evict the cheapest idle adapter from the device; the host keeps it."""
-        now = self._clock()
-        with self._lock:
-            candidates = [self._candidate(entry, entry.size_bytes, now) for entry in self._idle_on_device()]
-            if not candidates:
-                return False
-            self._slots.evict(min(candidates, key=self._worth).digest)
-            self._measures.evicted("device")
-            return True
-
-    def _idle_on_device(self) -> list[AdapterEntry]:
-        idle = (self._entries[digest] for digest in self._slots.unpinned())
-        return [entry for entry in idle if not entry.kept]
-
-    # Room on the host, under the lock.
-
-    def _make_host_room(self, size_bytes: int) -> bool:
-        needed_bytes = self._host_used_bytes + size_bytes - self._budget.host_bytes
-        if needed_bytes <= 0:
-            return True
-        now = self._clock()
-        idle = [entry for entry in self._entries.values() if entry.is_idle]
-        victims = choose_victims(
-            (
-                self._candidate(entry, entry.times.reload_seconds(from_disk=entry.digest in self._disk), now)
-                for entry in idle
-            ),
-            needed_bytes,
-            self._worth,
-        )
-        for digest in victims or ():
-            self._drop(self._entries[digest])
-            self._measures.evicted("host")
-        return victims is not None
-
-    def _candidate(self, entry: AdapterEntry, reload_cost: float, now: float) -> Candidate:
-        return Candidate(entry.digest, entry.size_bytes, entry.demand.at(now), reload_cost, entry.last_use_at)
+            self._device.unpin(entry)
 
     def _drop(self, entry: AdapterEntry) -> None:
         assert entry.leases == 0
         assert not entry.kept
-        if entry.digest in self._slots:
-            self._slots.evict(entry.digest)
+        self._device.evict(entry)
         entry.weights = None
-        self._give_back_host(entry)
+        self._host.give_back(entry)
         del self._entries[entry.digest]
-
-    def _give_back_host(self, entry: AdapterEntry) -> None:
-        self._host_used_bytes -= entry.reserved_bytes
-        entry.reserved_bytes = 0
 
     def _retry_waiting(self) -> None:
         waiting, self._waiting_for_host = self._waiting_for_host, []
@@ -428,13 +316,12 @@ class AdapterCache:
                 del self._entries[entry.digest]
 
     def _resident(self, entry: AdapterEntry) -> AdapterResidency:
-        on_device = entry.digest in self._slots
         return AdapterResidency(
             entry.digest,
-            AdapterState.DEVICE if on_device else entry.state,
+            AdapterState.DEVICE if entry.digest in self._device else entry.state,
             entry.size_bytes,
             entry.leases,
-            self._slots[entry.digest].pins if on_device else 0,
+            self._device.pins(entry.digest),
             entry.kept,
             entry.times.total_seconds,
             entry.last_use_at,

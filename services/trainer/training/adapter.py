@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from services.trainer.training.forms import LayerForm, Pair
-from services.trainer.training.lowrank import Dropout, LowRank, add_low_rank, rescale
+from services.trainer.training.lowrank import Dropout, LowRank, rescale
 from services.trainer.training.weights import base_weight
 
 # Passes of one run are further apart than layers of one pass.
@@ -68,20 +68,23 @@ class TrainableAdapter:
         terms = [term for form in self.forms.values() if (term := form.penalty()) is not None]
         return torch.stack(terms).sum() if terms else None
 
-    def add_to(self, output: Tensor, name: str, inputs: Tensor, start: int, stop: int) -> Tensor:
-        """Return a layer's `output` with its update on the tokens `start` to `stop`, in its memory."""
+    def updates(self, name: str, start: int, stop: int) -> list[LowRank]:
+        """Return what the layer `name` adds to its output for the tokens `start` to `stop`."""
         form = self.forms.get(name)
         if form is None:
-            return output
-        pairs = form.pairs()
-        updates = [
-            LowRank(start, stop, pair.scale, pair.a, pair.b, self._dropout_of(name, pair)) for pair in pairs
+            return []
+        return [
+            LowRank(start, stop, pair.scale, pair.a, pair.b, self._dropout_of(name, pair))
+            for pair in form.pairs()
         ]
-        output = add_low_rank(output, inputs, updates)
-        if form.magnitude is None:
+
+    def rescale(self, output: Tensor, name: str, start: int, stop: int) -> Tensor:
+        """Return `output`, updates added, with the rows of the layer scaled to their trained norms (DoRA)."""
+        form = self.forms.get(name)
+        if form is None or form.magnitude is None:
             return output
         linear = self._linears[name]
-        scale = form.magnitude / row_norms(base_weight(linear), pairs)
+        scale = form.magnitude / row_norms(base_weight(linear), form.pairs())
         return rescale(output, start, stop, scale, linear.bias)
 
     def _dropout_of(self, name: str, pair: Pair) -> Dropout | None:

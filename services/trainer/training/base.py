@@ -18,6 +18,7 @@ from services.common.fingerprint import Quantization
 from services.trainer.training.adapter import TrainableAdapter
 from services.trainer.training.attention import ATTENTION_NAME
 from services.trainer.training.batches import FlatBatch
+from services.trainer.training.lowrank import add_low_rank
 
 PADDED_ATTENTION = "sdpa"
 # As the end of a part: all that there are.
@@ -147,6 +148,11 @@ class SharedBase:
     ) -> Tensor:
         if self._recorder is not None:
             self._recorder(name, inputs[0])
+        updates = [
+            update for part in self._parts for update in part.adapter.updates(name, part.start, part.stop)
+        ]
+        if updates:
+            output = add_low_rank(output, inputs[0], updates)
         for part in self._parts:
-            output = part.adapter.add_to(output, name, inputs[0], part.start, part.stop)
+            output = part.adapter.rescale(output, name, part.start, part.stop)
         return output

@@ -136,17 +136,22 @@ def read_run(
     Raises:
         DataLoss: `corrupt_checkpoint`, where the tensors are not those of this adapter.
     """
+    read_weights(folder, adapter)
+    load_state_tensors(optimizer, adapter.parameters(), load_file(folder / OPTIMIZER))
+    raw: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="ascii"))
+    figures = [StepFigures(**row) for row in raw.pop("figures")]
+    best = load_file(folder / BEST) if (folder / BEST).exists() else None
+    return RunState(**raw, figures=figures), best
+
+
+def read_weights(folder: Path, adapter: TrainableAdapter) -> None:
+    """Load the weights of a checkpoint into `adapter`, as to publish them; raise as `read_run` does."""
     weights = load_file(folder / WEIGHTS)
     parameters = adapter.parameters()
     if set(weights) != set(parameters) | set(adapter.constants()):
         raise _corrupt(folder.name, "its tensors are those of another adapter")
     load_weights(parameters, weights)
     adapter.load_constants(weights)
-    load_state_tensors(optimizer, parameters, load_file(folder / OPTIMIZER))
-    raw: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="ascii"))
-    figures = [StepFigures(**row) for row in raw.pop("figures")]
-    best = load_file(folder / BEST) if (folder / BEST).exists() else None
-    return RunState(**raw, figures=figures), best
 
 
 @torch.no_grad()

@@ -40,7 +40,8 @@ def new_adapter(
     """Return the update that a job begins with, drawn from `seed`; at first it changes nothing, but for KaSA.
 
     Args:
-        rows: training rows in the order of the run, for a method that begins at their activations (EVA).
+        rows: training rows, for a method that begins at their activations (EVA); without any it begins as
+            LoRA, for weights that are loaded afterwards.
 
     Raises:
         InvalidArgument: `bad_hyperparameter`, where the rank is too large for a layer.
@@ -48,7 +49,7 @@ def new_adapter(
     names = [name for name in base.linears if name.rpartition(".")[2] in spec.target_modules]
     start = _Start(base, spec, torch.Generator().manual_seed(seed), names)
     start.check_rank()
-    if spec.method == "eva":
+    if spec.method == "eva" and rows:
         forms = start.eva(rows)
     else:
         make = _METHODS[spec.method]
@@ -168,6 +169,7 @@ def _kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 _METHODS: dict[str, Callable[[_Start, nn.Linear], LayerForm]] = {
     "lora": _Start.plain,
     "rslora": _Start.plain,
+    "eva": _Start.plain,
     "lora+": _Start.plain,
     "dora": _Start.dora,
     "olora": _Start.olora,

@@ -1,4 +1,4 @@
-"""The loss of a batch: summed cross-entropy over the tokens that count."""
+"""The loss of a batch: cross-entropy of the tokens that count."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import torch
 from torch.nn import functional
 
 
-def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy in nats of logits [counted, vocabulary], summed over targets [counted]."""
-    return functional.cross_entropy(logits, targets.to(logits.device), reduction="sum")
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy in nats of logits [counted, vocabulary] at targets [counted], as [counted]."""
+    return functional.cross_entropy(logits, targets.to(logits.device), reduction="none")

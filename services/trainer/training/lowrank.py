@@ -66,10 +66,9 @@ class _AddLowRank(torch.autograd.Function):
         narrow = []
         for number, update in enumerate(updates):
             a, b = factors[2 * number], factors[2 * number + 1]
-            rows = _rows(flat_inputs, update, a.dtype)
-            low = rows @ a.T
+            low = torch.mm(_rows(flat_inputs, update, a.dtype), a.T).mul_(update.scale)
             narrow.append(low)
-            flat_output[update.start : update.stop].add_((low @ b.T).mul_(update.scale))
+            _add_product(flat_output[update.start : update.stop], low, b.T)
         ctx.mark_dirty(output)
         ctx.updates = updates
         ctx.save_for_backward(inputs, *narrow, *factors)
@@ -83,26 +82,54 @@ class _AddLowRank(torch.autograd.Function):
         flat_gradient = gradient.reshape(-1, gradient.shape[-1])
         flat_inputs = inputs.reshape(-1, inputs.shape[-1])
         wants_inputs = ctx.needs_input_grad[1]
-        input_gradient = torch.zeros_like(flat_inputs) if wants_inputs else None
+        input_gradient = torch.empty_like(flat_inputs) if wants_inputs else None
+        filled = 0
         factor_gradients: list[Tensor | None] = [None] * len(factors)
         for number, update in enumerate(updates):
             a, b = factors[2 * number], factors[2 * number + 1]
             wants_a, wants_b = ctx.needs_input_grad[3 + 2 * number : 5 + 2 * number]
-            above = flat_gradient[update.start : update.stop].to(a.dtype) * update.scale
+            above = flat_gradient[update.start : update.stop].to(a.dtype)
             if wants_b:
                 factor_gradients[2 * number + 1] = above.T @ narrow[number]
             if not wants_a and input_gradient is None:
                 continue
-            below = above @ b
+            below = torch.mm(above, b).mul_(update.scale)
             if wants_a:
                 factor_gradients[2 * number] = below.T @ _rows(flat_inputs, update, a.dtype)
             if input_gradient is not None:
                 change = below @ a
                 if update.dropout is not None:
                     change *= update.dropout.factors(change)
-                input_gradient[update.start : update.stop] += change
-        shaped = None if input_gradient is None else input_gradient.view(inputs.shape)
+                filled = _fill(input_gradient, change, update.start, filled)
+        shaped = None
+        if input_gradient is not None:
+            input_gradient[filled:].zero_()
+            shaped = input_gradient.view(inputs.shape)
         return gradient, shaped, None, *factor_gradients
+
+
+def _fill(total: Tensor, change: Tensor, start: int, filled: int) -> int:
+    """Add `change` to the rows of `total` from `start` on; rows from `filled` on hold nothing yet.
+
+    Returns:
+        How many rows hold something now; updates come in the order of their tokens.
+    """
+    stop = start + len(change)
+    if start < filled:
+        assert stop <= filled, "updates of one layer cover the same tokens or different ones"
+        total[start:stop] += change
+        return filled
+    total[filled:start].zero_()
+    total[start:stop] = change
+    return stop
+
+
+def _add_product(rows: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `rows`, in the precision of the factors."""
+    if rows.dtype == left.dtype:
+        rows.addmm_(left, right)
+    else:
+        rows += left @ right
 
 
 def _rows(flat_inputs: Tensor, update: LowRank, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from services.trainer.training.base import Part, SharedBase
 from services.trainer.training.batches import join
 from services.trainer.training.loop import TrainingRun
-from services.trainer.training.loss import summed_loss
+from services.trainer.training.loss import token_losses
 
 
 def train_alone(run: TrainingRun) -> None:
@@ -51,18 +51,16 @@ def shared_pass(base: SharedBase, runs: Sequence[TrainingRun]) -> dict[TrainingR
     for run, batch in zip(live, batches, strict=True):
         parts.append(Part(run.model.adapter, start, start + batch.num_tokens))
         start += batch.num_tokens
+    joined = join(batches)
+    counts = torch.tensor([batch.num_counted for batch in batches])
+    weights = torch.tensor([run.loss_weight for run in live]).repeat_interleave(counts)
     with base.adapting(parts):
-        logits = base.counted_logits(join(batches))
-        losses = []
-        counted = 0
-        for each in batches:
-            losses.append(summed_loss(logits[counted : counted + each.num_counted], each.targets))
-            counted += each.num_counted
-        total = torch.stack([loss * run.loss_weight for run, loss in zip(live, losses, strict=True)]).sum()
-        total.backward()  # type: ignore[no-untyped-call]
-    for run, loss in zip(live, losses, strict=True):
+        losses = token_losses(base.counted_logits(joined), joined.targets)
+        losses.backward(weights.to(losses.device))  # type: ignore[no-untyped-call]
+    sums = [float(part.sum()) for part in losses.detach().cpu().tensor_split(counts.cumsum(0)[:-1])]
+    for run, loss_sum in zip(live, sums, strict=True):
         try:
-            run.finish_pass(loss.item())
+            run.finish_pass(loss_sum)
         except Exception as error:  # noqa: BLE001 - as above
             ended[run] = error
     return ended

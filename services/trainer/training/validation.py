@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from services.trainer.tokens import TokenRow
 from services.trainer.training.batches import flatten, row_lengths
+from services.trainer.training.loss import token_losses
 from services.trainer.training.model import AdapterModel
 
 
@@ -56,7 +56,7 @@ def measure(
         batch = flatten([rows[i] for i in chosen])
         logits = model.counted_logits(batch)
         targets = batch.targets.to(logits.device)
-        losses = functional.cross_entropy(logits, targets, reduction="none")
+        losses = token_losses(logits, targets)
         hits = logits.argmax(dim=-1) == targets
         ends = np.cumsum(batch.counted_rows)[:-1].tolist()
         for row, values in enumerate((losses, hits)):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from services.common.call_context import call_scope
-from services.common.logs import JsonFormatter
+from services.common.logs import JsonFormatter, NeverBlockingHandler
 
 ROOT = Path(__file__).parents[3]
 
@@ -73,3 +78,48 @@ def test_configure_takes_over_the_whole_process() -> None:
     assert [item["logger"] for item in lines] == ["foreign", "py.warnings"]
     assert lines[0]["message"] == "shown"
     assert "careful" in lines[1]["message"]
+
+
+def logger_to(descriptor: int) -> logging.Logger:
+    handler = NeverBlockingHandler(descriptor)
+    handler.setFormatter(JsonFormatter("registry"))
+    logger = logging.Logger("lorafleet.test")
+    logger.addHandler(handler)
+    return logger
+
+
+@pytest.mark.timeout(20)
+def test_row_135_lines_that_nobody_takes_are_dropped_and_counted() -> None:
+    reader, writer = os.pipe()
+    logger = logger_to(writer)
+    for number in range(1000):
+        # Longer than what a pipe takes at once, so that a line is cut, too.
+        logger.warning("line %d", number, extra=dict.fromkeys("abc", "x" * 1900))
+    taken = os.read(reader, 2**20)
+    logger.warning("after")
+    os.close(writer)
+    with os.fdopen(reader, "rb") as rest:
+        taken += rest.read()
+    lines = taken.decode().splitlines()
+    whole = [json.loads(text) for text in lines if text.endswith("}")]
+    assert len(lines) - len(whole) <= 1
+    assert whole[0]["message"] == "line 0"
+    assert [item["message"] for item in whole[-2:]] == ["lines were dropped", "after"]
+    assert whole[-2]["dropped_lines"] + len(whole) - 2 == 1000
+
+
+def test_row_135_a_full_disk_costs_lines_and_nothing_else(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path / "log", os.O_CREAT | os.O_WRONLY)
+    logger = logger_to(descriptor)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        logger.warning("lost")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    logger.warning("kept")
+    os.close(descriptor)
+    lines = [json.loads(text) for text in (tmp_path / "log").read_text().splitlines()]
+    assert [item["message"] for item in lines] == ["lines were dropped", "kept"]

@@ -52,12 +52,14 @@ MakeCache = Callable[..., AdapterCache]
 def make_cache(folders: dict[str, Path], targets: LoraTargets, tmp_path: Path) -> Iterator[MakeCache]:
     made: list[AdapterCache] = []
 
-    def make(*, device: int = 3, host: int = 8, kept: int = 2) -> AdapterCache:
+    def make(
+        *, device: int = 3, host: int = 8, kept: int = 2, budget: DeviceBudget | None = None
+    ) -> AdapterCache:
         made.append(
             AdapterCache(
                 FolderFetcher(folders),
                 DiskTier(tmp_path / "disk", 1 << 24),
-                DeviceSlots(torch.device("cpu"), DeviceBudget(0, device * SIZE_BYTES)),
+                DeviceSlots(torch.device("cpu"), budget or DeviceBudget(0, device * SIZE_BYTES)),
                 targets,
                 torch.float32,
                 CacheBudget(host * SIZE_BYTES, kept_bytes=kept * SIZE_BYTES),
@@ -146,7 +148,8 @@ def test_a_full_device_makes_room_for_what_is_kept_before_all_others(make_cache:
 
 
 def test_the_kv_cache_gets_idle_adapters_but_not_kept_ones(make_cache: MakeCache) -> None:
-    cache = make_cache(device=3, kept=1)
+    budget = DeviceBudget(0, 3 * SIZE_BYTES)
+    cache = make_cache(budget=budget, kept=1)
     keep(cache, "a")
     for name in ("b", "c"):
         lease = loaded(cache, name)
@@ -154,15 +157,17 @@ def test_the_kv_cache_gets_idle_adapters_but_not_kept_ones(make_cache: MakeCache
         lease.unpin()
         lease.release()
     cache.acquire(digest_of("b")).release()
-    assert cache.idle_bytes() == 2 * SIZE_BYTES
-    worth = cache.idle_worth()
+    holder = budget.adapters
+    assert holder is not None
+    assert holder.idle_bytes() == 2 * SIZE_BYTES
+    worth = holder.idle_worth()
     assert worth is not None
     assert worth > 0
-    assert cache.free_idle()
+    assert holder.free_idle()
     assert not cache.is_on_device(digest_of("c")), "the less wanted one goes first"
-    assert cache.free_idle()
-    assert not cache.free_idle()
-    assert cache.idle_worth() is None
+    assert holder.free_idle()
+    assert not holder.free_idle()
+    assert holder.idle_worth() is None
     assert cache.is_on_device(digest_of("a"))
 
 

@@ -9,13 +9,17 @@ import pytest
 import torch
 
 from services.common.errors import FailedPrecondition
+from services.common.prompts import PromptEncoder
+from services.trainer.dataset import PromptRow
 from services.trainer.spec import Schedule
+from services.trainer.tokens import TokenRow
 from services.trainer.training import together
 from services.trainer.training.base import BaseFolder, SharedBase
 from services.trainer.training.checkpoint import BEST, StepFigures
 from services.trainer.training.collapse import is_collapsed
+from services.trainer.training.evaluate import evaluate
 from services.trainer.training.guards import check_growth
-from services.trainer.training.loss import summed_loss
+from services.trainer.training.loss import token_losses
 from services.trainer.training.together import train_alone
 from services.trainer.training.validation import measure
 from tests.support.training import (
@@ -129,9 +133,9 @@ def test_watchdog_stops_a_run_whose_loss_keeps_growing(
     passes = itertools.count(1)
 
     def growing(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return summed_loss(logits, targets) * next(passes)
+        return token_losses(logits, targets) * next(passes)
 
-    monkeypatch.setattr(together, "summed_loss", growing)
+    monkeypatch.setattr(together, "token_losses", growing)
     run = new_run(base, tiny_spec(nf4_base, learning_rate=1e-6, n_epochs=20), Observer(tmp_path))
     with pytest.raises(FailedPrecondition) as caught:
         train_alone(run)
@@ -154,3 +158,28 @@ def test_watchdog_stops_a_run_whose_loss_keeps_growing(
 )
 def test_collapse(answers: list[str], references: list[str], expected: bool | None) -> None:
     assert is_collapsed(answers, references) is expected
+
+
+def answered_rows(answers: list[int]) -> list[TokenRow]:
+    """Rows with different prompts; the row's answer is the token of its place, over and over."""
+    made = []
+    for index in range(16):
+        prompt = (40 + index, 60 + index, 40 + index)
+        answer = answers[index % len(answers)]
+        ids = (*prompt, answer, answer, 0)
+        made.append(TokenRow(ids, (*[False] * 3, *[True] * 3), 3, PromptRow(index + 1, str(index), "c")))
+    return made
+
+
+@pytest.mark.parametrize(("taught", "collapsed"), [([70], True), ([70, 80], False)])
+def test_evaluation_notices_that_a_model_answers_everything_alike(
+    base: SharedBase, nf4_base: BaseFolder, tmp_path: Path, taught: list[int], collapsed: bool
+) -> None:
+    spec = tiny_spec(nf4_base, n_epochs=15, learning_rate=0.02)
+    run = new_run(base, spec, Observer(tmp_path), rows=answered_rows(taught))
+    train_alone(run)
+    encoder = PromptEncoder.load(nf4_base.path)
+    held_out = answered_rows([70, 80])
+    measured = evaluate(run.model, held_out, encoder, spec, seed=1, check=lambda: None)
+    assert measured.collapsed is collapsed
+    assert [figure.name for figure in measured.figures] == ["loss", "token_accuracy"]

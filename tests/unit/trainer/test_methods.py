@@ -18,13 +18,15 @@ from services.trainer.optimizers import check_optimizer
 from services.trainer.spec import Optimizer
 from services.trainer.training.base import BaseFolder, Part, SharedBase
 from services.trainer.training.batches import flatten
+from services.trainer.training.checkpoint import read_weights
 from services.trainer.training.directions import distribute
-from services.trainer.training.export import relative_error
+from services.trainer.training.export import export, relative_error
 from services.trainer.training.forms import Pair
+from services.trainer.training.initialise import new_adapter
 from services.trainer.training.together import train_alone
 from services.trainer.training.weights import base_weight
 from tests.support.models import load_peft_adapters, wrap_with_peft
-from tests.support.training import Observer, load_shared, new_run, task_rows, tiny_spec
+from tests.support.training import SEED, Observer, load_shared, new_run, task_rows, tiny_spec
 
 OFFERED = [method.name for method in METHODS.values() if method.offered]
 CPU = torch.device("cpu")
@@ -248,3 +250,18 @@ def test_configuration_holds_nothing_of_this_machine(
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny"
     assert str(tmp_path) not in json.dumps(config)
+
+
+@pytest.mark.parametrize("method", ["lora", "eva", "dora", "pissa", "kasa", "vera"])
+def test_checkpoint_alone_gives_the_published_files(
+    base: SharedBase, nf4_base: BaseFolder, tmp_path: Path, method: str
+) -> None:
+    spec = tiny_spec(nf4_base, method=method, n_epochs=1)
+    run = new_run(base, spec, Observer(tmp_path / "run"), validation_rows=[])
+    train_alone(run)
+    run.model.save(tmp_path / "adapter", "tiny")
+    adapter = new_adapter(base, spec, seed=SEED)
+    read_weights(tmp_path / "run" / f"step-{run.state.step}", adapter)
+    export(adapter, spec, tmp_path / "again", "tiny")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()

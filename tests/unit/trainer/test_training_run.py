@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from services.common.base_loading import load_base_model
 from services.common.errors import DataLoss, FailedPrecondition
+from services.common.fingerprint import ComputeDtype, Quantization
 from services.common.store import DirectoryStore
 from services.trainer.spec import Schedule
 from services.trainer.tokens import TokenRow
@@ -19,7 +20,7 @@ from services.trainer.training import together
 from services.trainer.training.base import BaseFolder, SharedBase
 from services.trainer.training.batches import flatten
 from services.trainer.training.checkpoint import MANIFEST, STATE, WEIGHTS, CheckpointStore
-from services.trainer.training.loss import summed_loss
+from services.trainer.training.loss import token_losses
 from services.trainer.training.together import train_alone
 from services.trainer.training.validation import measure
 from tests.support.models import wrap_with_peft
@@ -64,6 +65,16 @@ def test_loss_falls_on_nf4_and_is_told(nf4: SharedBase, nf4_base: BaseFolder, tm
     ]
 
 
+def test_sixteen_bit_base_trains_float32_weights(base_path: Path, tmp_path: Path) -> None:
+    folder = BaseFolder("tiny-llama", base_path, Quantization.nf4(ComputeDtype.BFLOAT16))
+    observer = Observer(tmp_path)
+    run = new_run(load_shared(folder), tiny_spec(folder, n_epochs=6, dropout=0.1), observer)
+    train_alone(run)
+    assert {value.dtype for value in weights_of(run).values()} == {torch.float32}
+    assert run.model.model.dtype == torch.bfloat16
+    assert observer.progress[-1].loss < 0.3 * observer.progress[0].loss
+
+
 def test_eight_passes_of_one_row_equal_one_pass_of_eight(
     full: SharedBase, full_base: BaseFolder, tmp_path: Path
 ) -> None:
@@ -90,7 +101,7 @@ def test_packed_loss_is_the_sum_of_single_losses(full: SharedBase, full_base: Ba
 
 
 def _loss(logits: torch.Tensor, rows: list[TokenRow]) -> float:
-    return float(summed_loss(logits, flatten(rows).targets))
+    return float(token_losses(logits, flatten(rows).targets).sum())
 
 
 def test_packing_trains_on_the_same_tokens_in_fewer_steps(
@@ -223,9 +234,9 @@ def test_one_bad_step_is_left_out(
     calls = iter(range(1000))
 
     def sometimes_nan(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return summed_loss(logits, targets) * (float("nan") if next(calls) == 2 else 1.0)
+        return token_losses(logits, targets) * (float("nan") if next(calls) == 2 else 1.0)
 
-    monkeypatch.setattr(together, "summed_loss", sometimes_nan)
+    monkeypatch.setattr(together, "token_losses", sometimes_nan)
     train_alone(run)
     assert observer.skipped_steps == [3]
     assert [row.step for row in run.state.figures] == [step for step in range(1, 11) if step != 3]

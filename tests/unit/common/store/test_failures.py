@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from minio.credentials.providers import StaticProvider
 
 from services.common.errors import LorafleetError
 from services.common.store import DirectoryStore, ObjectExistsError, S3Store
@@ -109,8 +110,7 @@ def test_s3_nobody_there() -> None:
     store = S3Store(
         f"127.0.0.1:{port}",
         "bucket",
-        access_key="a",
-        secret_key="b",
+        credentials=StaticProvider("a", "b"),
         secure=False,
         connect_timeout_seconds=1,
         retries=1,
@@ -130,7 +130,8 @@ def test_s3_nobody_there() -> None:
 def test_s3_wrong_secret(s3_server: S3Server) -> None:
     host = s3_server.endpoint.partition("://")[2]
     secure = s3_server.endpoint.startswith("https")
-    store = S3Store(host, "bucket", access_key=s3_server.access_key, secret_key="wrong-secret", secure=secure)
+    wrong = StaticProvider(s3_server.access_key, "wrong-secret")
+    store = S3Store(host, "bucket", credentials=wrong, secure=secure)
     with pytest.raises(LorafleetError) as caught:
         store.get("k")
     assert caught.value.reason == "store_unavailable"
