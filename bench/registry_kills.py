@@ -1,10 +1,11 @@
 """What a registry that is killed again and again loses: nothing that it acknowledged.
 
 Publishers, alias moves, deletions, files, resumable uploads and garbage collection run against one registry
-over a directory store. Each round kills it (SIGKILL) at a random failpoint, starts it again, and compares
-what it serves with what it had acknowledged. The last line is JSON.
+over a directory store, or any S3. Each round kills it (SIGKILL) at a random failpoint, starts it again, and
+compares what it serves with what it had acknowledged. The last line is JSON.
 
     python -m bench.registry_kills --kills 300 --seed 1
+    python -m bench.registry_kills --store s3://BUCKET?endpoint=http://HOST:PORT --access-key K --secret-key S
 """
 
 from __future__ import annotations
@@ -54,19 +55,23 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--store", default="", help="store URL; a folder when left out")
+    parser.add_argument("--access-key")
+    parser.add_argument("--secret-key")
     options = parser.parse_args()
     draw = random.Random(options.seed)
     rules = [f"{draw.choice(FAILPOINTS)}=kill:{draw.randint(1, 3)}" for _ in range(options.kills)]
-    with tempfile.TemporaryDirectory() as folder:
-        counts = run(Path(folder), rules, options.seed)
-    print(json.dumps({"benchmark": "registry_kills", "seed": options.seed} | dataclasses.asdict(counts)))
+    with tempfile.TemporaryDirectory() as folder, EmbeddedValkey.start(Path(folder) / "valkey") as valkey:
+        url = options.store or f"file://{folder}/objects"
+        counts = run(Place(valkey.url, url, options.access_key, options.secret_key), rules, options.seed)
+    kind = "s3" if options.store.startswith("s3:") else "directory"
+    about = {"benchmark": "registry_kills", "store": kind, "seed": options.seed}
+    print(json.dumps(about | dataclasses.asdict(counts)))
 
 
-def run(folder: Path, rules: list[str], seed: int) -> Counts:
-    """Kill a registry once by each rule; return what was seen."""
-    with EmbeddedValkey.start(folder / "valkey") as valkey:
-        place = Place.in_directory(valkey.url, folder / "objects")
-        return asyncio.run(_rounds(place, rules, seed))
+def run(place: Place, rules: list[str], seed: int) -> Counts:
+    """Kill a registry at `place` once by each rule; return what was seen."""
+    return asyncio.run(_rounds(place, rules, seed))
 
 
 async def _rounds(place: Place, rules: list[str], seed: int) -> Counts:

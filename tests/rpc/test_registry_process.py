@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -142,6 +143,30 @@ def test_wrong_arguments_and_settings(place: Place, tmp_path: Path) -> None:
         )
         assert finished.returncode != 0
         assert word in finished.stderr
+
+
+def test_row_146_a_registry_that_cannot_start_ends_within_two_seconds(place: Place, tmp_path: Path) -> None:
+    secret = "not-to-be-shown"
+    bad = {
+        "LORAFLEET_REGISTRY_LISTEN": secret,
+        "LORAFLEET_REGISTRY_QUOTA_BYTES": secret,
+        "LORAFLEET_REGISTRY_QUOTA": "1",
+    }
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    finished = subprocess.run(
+        [sys.executable, "-m", "services.registry"],
+        env=environment(place, tmp_path) | bad,
+        capture_output=True,
+        timeout=60,
+        text=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert finished.returncode == 2
+    assert all(name in finished.stderr for name in bad)
+    assert "valid integer" in finished.stderr
+    assert secret not in finished.stderr
+    # Its own time, since a machine that does other things makes it wait.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
 
 
 async def test_a_peft_adapter_on_a_real_base(place: Place, tmp_path: Path) -> None:
