@@ -29,6 +29,8 @@ BASE = Path("assets/base")
 # Files of this size tell what validation takes beside the file.
 SMALL_MEGABYTES = 16
 _WORDS = 4000
+# For tokenizers of bytes.
+_LETTERS = "etaoinshrdlu"
 _WORD = re.compile(r" [a-z]{2,12}")
 _ROWS_AT_ONCE = 500
 
@@ -105,7 +107,7 @@ def words_of(base: Path) -> list[str]:
     draw = random.Random(1)
     encoder = PromptEncoder.load(base)
     tokens = [encoder.decode([number]) for number in range(encoder.vocab_size)]
-    known = [token.strip() for token in tokens if _WORD.fullmatch(token)]
+    known = [token.strip() for token in tokens if _WORD.fullmatch(token)] or list(_LETTERS)
     return known + ["".join(draw.choices(known, k=2)) for _ in range(_WORDS)]
 
 

@@ -1,9 +1,9 @@
 """What jobs lose that are killed again and again: nothing. Each makes one version, equal to the last bit.
 
 Tiny QLoRA jobs run on a real trainer beside a real registry. Their processes end by SIGKILL at places drawn
-from every stage (tokens, base, steps, checkpoints, evaluation, publishing, report), and the trainer itself ends
-so while it validates and while it records. Every job must end SUCCEEDED with exactly one version whose files
-have the digest of an undisturbed run. The last line is JSON.
+from every stage (tokens, base, steps, checkpoints, evaluation, publishing, report), and the trainer itself
+ends so while it validates and while it records. Every job must end SUCCEEDED with exactly one version whose
+files have the digest of an undisturbed run. The last line is JSON.
 
     python -m bench.job_kills --kills 100 --seed 1
 """

@@ -1,8 +1,8 @@
 """A trainer whose job processes end by SIGKILL at places drawn at random.
 
-The service itself ends where `LORAFLEET_FAILPOINT` says, as any service does. Its children end at places drawn
-from `PLACES` with the seed in `KILLS_SEED`; each that did so is a line in the file `KILLS_LOG`. Without that
-file none is killed.
+The service itself ends where `LORAFLEET_FAILPOINT` says, as any service does. Its children end at places
+drawn from `PLACES` with the seed in `KILLS_SEED`; each that did so is a line in the file `KILLS_LOG`. Without
+that file none is killed.
 
     python -m tests.support.killed_trainer
 """
