@@ -44,6 +44,8 @@ class TokenBytes:
             for token, token_id in tokenizer.get_vocab(with_added_tokens=False).items()
         }
         self._bytes |= {token_id: content.encode() for token_id, content in added.items()}
+        self.longest = max(map(len, self._bytes.values()), default=1)
+        """Bytes of the longest token."""
 
     def __getitem__(self, token_id: int) -> bytes:
         return self._bytes.get(token_id, b"")

@@ -86,6 +86,8 @@ class Admission:
             LorafleetError: as `InferenceService.Score` says.
         """
         _check_texts(list(message.completions), "completions", MAX_SCORED_COMPLETIONS)
+        for index, completion in enumerate(message.completions):
+            self._check_size(completion, f"completions[{index}]")
         prompt = await self.encode_prompt(message)
         params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=1)
         completions = await asyncio.to_thread(self._encoder.encode_completions, list(message.completions))
@@ -108,6 +110,8 @@ class Admission:
         """
         inputs = list(message.inputs)
         _check_texts(inputs, "inputs", MAX_EMBEDDED_INPUTS)
+        for index, text in enumerate(inputs):
+            self._check_size(text, f"inputs[{index}]")
         params = SamplingParams(max_tokens=0, temperature=0.0)
         texts = await asyncio.to_thread(self._encoder.encode_texts, inputs)
         for token_ids in texts:
@@ -120,8 +124,10 @@ class Admission:
         """Return the ids of a request's prompt; text is encoded on a thread."""
         match message.WhichOneof("prompt"):
             case "text":
+                self._check_size(message.text, "prompt")
                 return await asyncio.to_thread(self._encoder.encode_text, message.text)
             case "chat":
+                self._check_size("".join(item.content for item in message.chat.messages), "prompt")
                 return await asyncio.to_thread(Conversation.read(message.chat).encode, self._encoder)
             case "tokens":
                 token_ids = list(message.tokens.token_ids)
@@ -148,6 +154,14 @@ class Admission:
                     field="model",
                     limit="base = true, or an adapter reference",
                 )
+
+    def _check_size(self, text: str, field: str) -> None:
+        validation.check_size(
+            text,
+            field=field,
+            longest_token_bytes=self._encoder.token_bytes.longest,
+            max_model_len=self._limits.max_model_len,
+        )
 
     def _request(
         self,

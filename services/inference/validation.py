@@ -89,6 +89,24 @@ def check_token_ids(token_ids: list[int], *, field: str, vocab_size: int) -> Non
             raise _invalid(f"{field}[{index}]", token_id, f"0 to {vocab_size - 1}")
 
 
+def check_size(text: str, *, field: str, longest_token_bytes: int, max_model_len: int) -> None:
+    """Refuse a text that cannot fit however it is encoded, before time is spent on encoding it.
+
+    Raises:
+        InvalidArgument: `context_length_exceeded` with the least tokens that it has, and the limit.
+    """
+    # A character has at least one byte.
+    least_tokens = len(text) // longest_token_bytes
+    if least_tokens > max_model_len:
+        raise InvalidArgument(
+            "context_length_exceeded",
+            f"{field} has at least {least_tokens} tokens; the context holds {max_model_len}.",
+            field=field,
+            value=least_tokens,
+            limit=max_model_len,
+        )
+
+
 def check_room(params: SamplingParams, prompt_tokens: int, *, max_model_len: int) -> None:
     """Refuse a prompt that leaves too little room.
 
