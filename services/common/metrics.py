@@ -60,6 +60,43 @@ METRICS: dict[str, Metric] = {
         "1 for the server of this process: how its callers connect, and whether it was told to open anyway.",
         ("security", "insecure_bind"),
     ),
+    "lorafleet.inference.sequences.running": Metric(
+        Kind.UP_DOWN_COUNTER, "{sequence}", "Sequences that hold a place in the batch.", ()
+    ),
+    "lorafleet.inference.sequences.waiting": Metric(
+        Kind.UP_DOWN_COUNTER,
+        "{sequence}",
+        "Sequences that wait, by what they wait for: a place, or their adapter.",
+        ("for",),
+    ),
+    "lorafleet.inference.kv.used": Metric(
+        Kind.UP_DOWN_COUNTER, "By", "Bytes of the KV cache that sequences hold.", ()
+    ),
+    "lorafleet.inference.kv.cached": Metric(
+        Kind.UP_DOWN_COUNTER, "By", "Bytes of the KV cache that only the prefix cache holds.", ()
+    ),
+    "lorafleet.inference.kv.total": Metric(
+        Kind.UP_DOWN_COUNTER, "By", "Bytes of the KV cache, as far as it has grown.", ()
+    ),
+    "lorafleet.inference.prefix_cache.tokens": Metric(
+        Kind.COUNTER, "{token}", "Prompt tokens, by whether the prefix cache had them.", ("result",)
+    ),
+    "lorafleet.inference.tokens": Metric(
+        Kind.COUNTER, "{token}", "Tokens of prompts that were taken in, and of completions.", ("kind",)
+    ),
+    "lorafleet.inference.preemptions": Metric(
+        Kind.COUNTER, "{preemption}", "Sequences that had to make way and were computed again.", ()
+    ),
+    "lorafleet.inference.steps": Metric(Kind.COUNTER, "{step}", "Steps of the engine.", ()),
+    "lorafleet.inference.time_to_first_token": Metric(
+        Kind.HISTOGRAM, "s", "Time from a request's admission to its first token.", (), _SECONDS
+    ),
+    "lorafleet.inference.queue.duration": Metric(
+        Kind.HISTOGRAM, "s", "The part of it before the request first ran.", (), _SECONDS
+    ),
+    "lorafleet.inference.inter_token.duration": Metric(
+        Kind.HISTOGRAM, "s", "Time between two tokens of one completion.", (), _SECONDS
+    ),
     "lorafleet.inference.adapter.requests": Metric(
         Kind.COUNTER,
         "{request}",

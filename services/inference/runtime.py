@@ -32,6 +32,7 @@ from services.inference.driver import Driver
 from services.inference.engine.engine import Engine
 from services.inference.event_prefetch import EventPrefetch
 from services.inference.fetcher import RegistryFetcher
+from services.inference.meters import EngineMeters
 from services.inference.pins import PinRecord
 from services.inference.presence import Load, Presence
 from services.inference.registry_leases import RegistryLeases
@@ -144,6 +145,7 @@ class Runtime:
         Args:
             address: where routers reach this replica.
         """
+        self._background.start(EngineMeters(self.driver.stats).run(), name="metrics")
         self._background.start(self._leases.run(), name="registry leases")
         self._background.start(self.residency.restore(), name="pins")
         for tenant in self._settings.prefetch_tenants:

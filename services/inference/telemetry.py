@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from opentelemetry.trace import Span, Status, StatusCode
 
-from services.common import telemetry
+from services.common import metrics, telemetry
 from services.common.errors import LorafleetError
 from services.inference.engine.events import TokenEvent
 from services.inference.engine.request import SamplingParams
@@ -39,8 +40,13 @@ CHAT = "chat"
 TEXT_COMPLETION = "text_completion"
 
 
+_first_token_seconds = metrics.histogram("lorafleet.inference.time_to_first_token")
+_queue_seconds = metrics.histogram("lorafleet.inference.queue.duration")
+_inter_token_seconds = metrics.histogram("lorafleet.inference.inter_token.duration")
+
+
 class GenerationTrace:
-    """Writes what becomes of one generation on its span."""
+    """Writes what becomes of one generation on its span, and measures the times of its tokens."""
 
     def __init__(self, span: Span) -> None:
         self._span = span
@@ -48,6 +54,7 @@ class GenerationTrace:
         self._first_token_at: float | None = None
         self._finish_reasons: list[str] = []
         self._output_tokens = 0
+        self._last_token_at: dict[int, float] = {}
 
     @property
     def has_begun(self) -> bool:
@@ -75,17 +82,34 @@ class GenerationTrace:
 
     def produced(self, events: list[TokenEvent]) -> None:
         """Note new tokens: the first one ends the prefill."""
+        now = time.monotonic()
         if self._first_token_at is None:
-            self._first_token_at = time.monotonic()
+            self._first_token_at = now
             waited_seconds = self._first_token_at - self._queued_at
             queue_seconds = min(events[0].queue_seconds, waited_seconds)
+            _first_token_seconds.record(waited_seconds)
+            _queue_seconds.record(queue_seconds)
             self._span.add_event(EVENT_FIRST_TOKEN)
             self._span.set_attribute(QUEUE_SECONDS, queue_seconds)
             self._span.set_attribute(PREFILL_SECONDS, waited_seconds - queue_seconds)
+        self._measure_gaps(events, now)
         for event in events:
             self._output_tokens += len(event.token_ids)
             if event.finish_reason is not None:
                 self._finish_reasons.append(event.finish_reason.value)
+
+    def _measure_gaps(self, events: list[TokenEvent], now: float) -> None:
+        """Record the time between tokens of each completion; those that came together share it."""
+        new = Counter[int]()
+        for event in events:
+            new[event.index] += len(event.token_ids)
+        for index, count in new.items():
+            last = self._last_token_at.get(index)
+            if last is not None:
+                for _ in range(count):
+                    _inter_token_seconds.record((now - last) / count)
+            if count:
+                self._last_token_at[index] = now
 
     def ended(self) -> None:
         """Note the totals."""

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.right_adapter import Name, Timeline, _problem, run
 from bench.spelling_model import NUMBERS, PLACES, QUESTION, adapter_files, digits_of, make_base, number_of
+from services.inference.engine.prefix import Chain
 from tests.support.engines import FolderFetcher, make_engine, request, run_all, tokens_of
 from tests.support.models import byte_tokenizer, load_peft_adapters
 
@@ -49,10 +50,8 @@ def test_a_foreign_prefix_would_be_seen(tmp_path: Path) -> None:
     # As if the digest were not in the cache's key: two finds what one computed.
     engine = make_engine(base, tmp_path / "cache", FolderFetcher(folders))
     with pytest.MonkeyPatch.context() as patch:
-        from services.inference.engine import sequence
-
-        at_root = sequence.Chain.at_root
-        patch.setattr(sequence.Chain, "at_root", lambda scope: at_root((scope[0], None)))
+        at_root = Chain.at_root
+        patch.setattr(Chain, "at_root", lambda scope: at_root((scope[0], None)))
         for name in folders:
             engine.add(request(name, prompt, name, max_tokens=PLACES))
             found[name] = number_of(tokens_of(run_all(engine)[name]))
