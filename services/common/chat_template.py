@@ -24,7 +24,7 @@ from services.common.errors import FailedPrecondition, InvalidArgument
 ROLES: Final = ("system", "user", "assistant", "tool")
 MAX_MESSAGES: Final = 1024
 RENDER_LIMIT_SECONDS: Final = 1.0
-RENDER_LIMIT_CHARS: Final = 8 * 1024 * 1024
+RENDER_LIMIT_CHARS: Final = 1024 * 1024
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PRIVATE_USE = range(0x100000, 0x10FFFE)
 _PLACEHOLDERS = re.compile("[\U00100000-\U0010fffd]")
