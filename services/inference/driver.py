@@ -16,10 +16,11 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from services.inference.engine.engine import Engine, EngineStats
+from services.inference.engine.engine import Engine
 from services.inference.engine.events import FinishReason, TokenEvent
 from services.inference.engine.request import Request
 from services.inference.engine.runner import DeviceLost
+from services.inference.engine.stats import EngineStats
 from services.inference.queue_share import QueueShare
 
 logger = logging.getLogger(__name__)

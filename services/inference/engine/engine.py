@@ -10,7 +10,6 @@ import secrets
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -30,41 +29,13 @@ from services.inference.engine.runner import Runner
 from services.inference.engine.sampler import Sampled, Sampler, score
 from services.inference.engine.scheduler import Chunk, Scheduler
 from services.inference.engine.sequence import Phase, Sequence
+from services.inference.engine.stats import EngineStats
 from services.inference.engine.text import TextStream
 from services.inference.engine.throughput import Throughput
 from services.inference.model.kv import PagedKv
 from services.inference.model.loader import BaseModel
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Counters since start, and gauges of now.
-
-    Attributes:
-        kv_blocks_free: blocks that no sequence holds; those among them that the prefix cache could still find
-            are `kv_blocks_cached`.
-        prefix_query_tokens: prompt tokens of sequences admitted, of which `prefix_hit_tokens` were found
-            computed.
-        seconds_per_request: between the ends of requests, of late; None before the first.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    waiting_for_adapter: int = 0
-    kv_block_bytes: int = 0
-    kv_blocks_total: int = 0
-    kv_blocks_free: int = 0
-    kv_blocks_cached: int = 0
-    steps: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    preemptions: int = 0
-    prefix_query_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    step_seconds: float = 0.0
-    seconds_per_request: float | None = None
 
 
 class Engine:

@@ -16,7 +16,7 @@ from services.inference.engine.engine import Engine
 from services.inference.engine.events import TokenEvent
 from services.inference.engine.request import Request
 from tests.support.engines import FolderFetcher, make_engine, request, run_all, tokens_of
-from tests.support.models import make_peft_adapter, make_tiny_llama
+from tests.support.models import ALL_LINEAR_TARGETS, make_peft_adapter, make_tiny_llama
 
 # Keys and values, 2 layers, 4 tokens, 2 heads of 16 numbers of 4 bytes.
 BLOCK_BYTES = 2 * 2 * 4 * 2 * 16 * 4
@@ -150,6 +150,14 @@ def test_a_request_for_prompt_logprobs_computes_its_prompt(make: MakeEngine, twi
     assert cached(scored) == 0
 
 
+def test_an_embedding_computes_its_prompt(make: MakeEngine, twin: Engine) -> None:
+    engine = make()
+    run(engine, request("warm", PROMPT, "one"))
+    wanted = replace(request("r", PROMPT, "one", max_tokens=0), embeds=True)
+    embedding = run(engine, wanted)["r"][-1].embedding
+    assert embedding == pytest.approx(run(twin, wanted)["r"][-1].embedding, abs=1e-4)
+
+
 def test_a_preempted_sequence_finds_what_it_had_computed(make: MakeEngine, twin: Engine) -> None:
     def requests() -> list[Request]:
         return [request(f"r{n}", [30 + n] * 9, "one", max_tokens=23, ignore_eos=True) for n in range(4)]
@@ -224,3 +232,35 @@ def test_any_traffic_says_what_it_says_without_the_cache(
 def small(make: MakeEngine) -> Engine:
     """An engine whose pages, places and steps are scarce: prompts are chunked and sequences preempted."""
     return make(kv_bytes=16 * BLOCK_BYTES, max_model_len=32, max_num_seqs=5, max_batch_tokens=9)
+
+
+def test_pages_and_adapters_lend_each_other_what_is_idle(base: Path, tmp_path: Path) -> None:
+    names = [f"a{number}" for number in range(6)]
+    folders = {
+        name: make_peft_adapter(base, tmp_path / name, r=32, targets=ALL_LINEAR_TARGETS, seed=seed)
+        for seed, name in enumerate(names)
+    }
+    # An extent is 128 blocks: the KV cache's own share is one, and it may have four.
+    engine = make_engine(
+        base,
+        tmp_path / "cache",
+        FolderFetcher(folders),
+        kv_bytes=128 * BLOCK_BYTES,
+        adapter_device_bytes=3 * 128 * BLOCK_BYTES,
+        device_own_share=0.0,
+    )
+    budget = engine._blocks._budget
+    prompts = [[30 + number] * 60 for number in range(16)]
+    long = [request(f"r{n}", p, max_tokens=20, ignore_eos=True) for n, p in enumerate(prompts)]
+    expected = {name: tokens_of(events) for name, events in run(engine, *long).items()}
+    assert engine.stats().preemptions == 0
+    assert budget.kv_used_bytes == 3 * 128 * BLOCK_BYTES
+    together = run(engine, *(request(name, PROMPT, name, ignore_eos=True) for name in names))
+    assert {len(tokens_of(events)) for events in together.values()} == {16}
+    assert budget.kv_used_bytes < 3 * 128 * BLOCK_BYTES
+    assert budget.adapter_used_bytes > 128 * BLOCK_BYTES
+    assert budget.kv_used_bytes + budget.adapter_used_bytes <= budget.total_bytes
+    again = run(engine, *long)
+    assert {name: tokens_of(events) for name, events in again.items()} == expected
+    assert budget.kv_used_bytes + budget.adapter_used_bytes <= budget.total_bytes
+    engine.adapters.close()
