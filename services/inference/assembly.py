@@ -37,6 +37,11 @@ def build_engine(config: EngineConfig, fetcher: Fetcher) -> Engine:
     device = config.torch_device
     check_architecture(config.base_path)
     base = load_base(config.base_path, config.base_quantization, device, _kernels(config))
+    if config.kernels == "triton":
+        # Imported here: Triton is there only beside a CUDA build of torch.
+        from services.inference.model.triton_linear import install_triton
+
+        install_triton(base.model, base.binding)
     budget = config.device_budget
     kv = _allocate_kv(config, base, budget)
     _run_once(base, kv)

@@ -43,7 +43,7 @@ class EngineConfig(BaseSettings):
         device_own_share: fraction of each of the two that the other never takes; 1 is a fixed boundary, which
             it always is on a GPU.
         kernels: `auto` for kernels compiled on this host where they serve (float32 on a CPU with a C
-            compiler), `torch` for their torch forms only.
+            compiler), `torch` for their torch forms only, `triton` for adapters through Triton on a GPU.
         adapter_stack_bytes: device memory of copies of adapters that decode together; the compiled kernels
             need none.
         adapter_host_bytes: host memory of adapters.
@@ -75,7 +75,7 @@ class EngineConfig(BaseSettings):
     enable_prefix_cache: bool = True
     adapter_device_bytes: Bytes = 256 * MIB
     device_own_share: Annotated[float, Field(ge=0, le=1)] = 0.25
-    kernels: Literal["auto", "torch"] = "auto"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
     adapter_stack_bytes: Bytes = 128 * MIB
     adapter_host_bytes: Bytes = 1024 * MIB
     adapter_disk_bytes: Bytes = 8192 * MIB
@@ -90,6 +90,12 @@ class EngineConfig(BaseSettings):
             raise ValueError(
                 f"max_batch_tokens is {self.max_batch_tokens}, less than max_num_seqs, {self.max_num_seqs}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _triton_needs_a_gpu(self) -> EngineConfig:
+        if self.kernels == "triton" and self.torch_device.type != "cuda":
+            raise ValueError("kernels is triton, which needs a GPU")
         return self
 
     @property

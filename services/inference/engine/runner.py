@@ -29,7 +29,7 @@ class Runner:
         binding = self._base.binding
         binding.groups = batch.adapter_groups
         if binding.kernel is not None:
-            binding.kernel.begin(batch.adapter_rows)
+            binding.kernel.begin(batch.adapter_rows, batch.input_ids.shape[1])
         binding.embedding_rows = batch.embedding_rows
         binding.head_rows = batch.head_rows
         try:

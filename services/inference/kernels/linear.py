@@ -80,10 +80,11 @@ class KernelLinear:
         self._bound: tuple[object, ...] = ()
         self.has_adapters = False
         # A forward outside any step has no adapters; it may use as many threads as there are now.
-        self.begin(())
+        self.begin((), 0)
 
-    def begin(self, rows: Sequence[AdapterRows]) -> None:
-        """Bind the adapters of a step's rows."""
+    def begin(self, rows: Sequence[AdapterRows], num_rows: int) -> None:
+        """Bind the adapters of a step of `num_rows` rows."""
+        assert all(item.end <= num_rows for item in rows)
         tables: list[AdapterTable] = self._tables.of(rows)
         used = list(zip(rows, tables, strict=True))
         segments = (Segment * len(used))(

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from services.common.errors import Unimplemented
 from services.inference.adapters.ends import EmbeddingRows, HeadRows, add_embedding, apply_head
 from services.inference.adapters.ops import AdapterGroup, add_lora
+from services.inference.adapters.tables import AdapterRows
 from services.inference.adapters.targets import LoraTargets
-from services.inference.kernels.linear import KernelLinear
 from services.inference.model.values import ModelValues
+
+
+class StepKernel(Protocol):
+    """What computes linear layers in place of their torch forms."""
+
+    def begin(self, rows: Sequence[AdapterRows], num_rows: int) -> None:
+        """Bind the adapters of a step of `num_rows` rows."""
+        ...
+
+    def end(self) -> None:
+        """Bind no adapter."""
+        ...
 
 
 class StepBinding:
@@ -27,7 +42,7 @@ class StepBinding:
     """
 
     def __init__(self) -> None:
-        self.kernel: KernelLinear | None = None
+        self.kernel: StepKernel | None = None
         self.clear()
 
     def clear(self) -> None:

@@ -90,7 +90,7 @@ def test_every_row_gets_the_base_and_its_own_adapter(
     choices: list[AdapterWeights | None] = [*some, None]
     adapters = [choices[row % len(choices)] for row in range(rows)]
     linear = KernelLinear(kernels, {name: row for row, name in enumerate(linears)})
-    linear.begin(rows_of(adapters))
+    linear.begin(rows_of(adapters), rows)
     for got, wanted in zip(linear.project(layer_of(linears), x), expected(linears, x, adapters), strict=True):
         torch.testing.assert_close(got[0], wanted, rtol=1e-4, atol=1e-4)
 
@@ -102,7 +102,7 @@ def test_many_rows_of_one_adapter_and_adapters_beside_another_base(
     torch.manual_seed(1)
     x, weights = torch.randn(1, 33, IN), make_adapter(10, seed=3)
     linear = KernelLinear(kernels, {name: row for row, name in enumerate(linears)})
-    linear.begin([AdapterRows(5, 30, weights)])
+    linear.begin([AdapterRows(5, 30, weights)], 33)
     adapters: list[AdapterWeights | None] = [weights if 5 <= row < 30 else None for row in range(33)]
     wanted = expected(linears, x, adapters)
     for got, want in zip(linear.project(layer_of(linears), x), wanted, strict=True):
@@ -123,11 +123,11 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(
     adapters: list[AdapterWeights | None] = [some[row // 10] for row in range(40)]
     linear, layer = KernelLinear(kernels, {name: row for row, name in enumerate(linears)}), layer_of(linears)
     groups = [AdapterRows(10 * index, 10 * index + 10, weights) for index, weights in enumerate(some)]
-    linear.begin(groups)
+    linear.begin(groups, 40)
     together = linear.project(layer, x)
     for row, weights in enumerate(adapters):
         assert weights is not None
-        linear.begin([AdapterRows(0, 1, weights)])
+        linear.begin([AdapterRows(0, 1, weights)], 1)
         alone = linear.project(layer, x[:, row : row + 1])
         assert all(torch.equal(one[0, 0], all_[0, row]) for one, all_ in zip(alone, together, strict=True))
 
@@ -136,7 +136,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(
 def test_after_the_step_no_adapter_is_bound(kernels: Kernels, linears: dict[str, nn.Linear]) -> None:
     x, layer = torch.randn(1, 4, IN), layer_of(linears)
     linear = KernelLinear(kernels, {name: row for row, name in enumerate(linears)})
-    linear.begin([AdapterRows(0, 4, make_adapter(8, seed=1))])
+    linear.begin([AdapterRows(0, 4, make_adapter(8, seed=1))], 4)
     assert linear.has_adapters
     linear.end()
     for got, want in zip(linear.project(layer, x), expected(linears, x, [None] * 4), strict=True):

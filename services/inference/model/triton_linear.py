@@ -1,0 +1,35 @@
+"""The linear seam with the adapters' part computed by Triton on a GPU."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from services.inference.kernels.triton_lora import TritonLora
+from services.inference.model.linear import LoraLinear, StepBinding
+
+
+class TritonLoraLinear(LoraLinear):
+    """A linear layer of the base, called unchanged, and its rows' adapters, computed by Triton."""
+
+    def __init__(self, twin: LoraLinear, binding: StepBinding, lora: TritonLora) -> None:
+        super().__init__(twin.base, twin.name, binding)
+        self._lora = lora
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in] to [..., out]; all dimensions but the last make the flat batch's rows."""
+        y: Tensor = self.base(x)
+        if self._lora.has_adapters:
+            self._lora.adapt(self.name, x, y)
+        return y
+
+
+def install_triton(model: PreTrainedModel, binding: StepBinding) -> None:
+    """Put Triton in the place of the torch form in every layer of the decoder that adapters may change."""
+    twins = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    lora = TritonLora({name: row for row, name in enumerate(twins)}, model.device)
+    for name, twin in twins.items():
+        parent, _, leaf = name.rpartition(".")
+        module: nn.Module = TritonLoraLinear(twin, binding, lora)
+        setattr(model.get_submodule(parent), leaf, module)
+    binding.kernel = lora
