@@ -3,18 +3,16 @@
 Three measurements on one 120M-parameter base in NF4 (see small_llama), LoRA of rank 16 on every linear layer:
 
 - alone: tokens per second of one job beside `transformers.Trainer` with PEFT on the same rows and settings,
-in turns.
-  Every token counts in the loss, which leaves us no advantage by the output head.
+  in turns. Every token counts in the loss, which leaves us no advantage by the output head.
 - together: eight jobs of one row a step, together and one after another, in turns; by the length of the rows,
-a quarter of
-  which counts.
+  a quarter of which counts.
 - memory: the highest resident size of a process while it trains, of one job and of eight together, over the
-size of the
-  process with the base alone. Each in a process of its own.
+  size of the process with the base alone. Each in a process of its own.
 
-The last line is JSON.
+Seconds are those of the processor, on one thread unless asked otherwise: what a quiet machine would take,
+measurable on a busy one. The last line is JSON.
 
-    python -m bench.training_speed --threads 2
+    python -m bench.training_speed
 """
 
 from __future__ import annotations
@@ -91,13 +89,13 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, *_: object, **__: object) -> None:
         """Note the time."""
-        self.times.append(time.perf_counter())
+        self.times.append(time.process_time())
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way")
     parser.add_argument("--out", type=Path, help="where the JSON is kept as well")
@@ -236,10 +234,10 @@ def timed(step: Callable[[], object], steps: int) -> float:
     """Return the mean seconds of a step, after the first."""
     for _ in range(WARM_STEPS):
         step()
-    started = time.perf_counter()
+    started = time.process_time()
     for _ in range(steps):
         step()
-    return (time.perf_counter() - started) / steps
+    return (time.process_time() - started) / steps
 
 
 def memory(path: Path, threads: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 from functools import partial
 from pathlib import Path
 
-from services.common.errors import DataLoss
+from services.common.errors import DataLoss, InvalidArgument
 from services.common.failpoints import failpoint
 from services.common.prompts import PromptEncoder
 from services.trainer.bases import TrainableBase
@@ -84,6 +84,12 @@ class Pipeline:
         self._reporter.check()
         request = self.job.request
         spec = request.spec
+        if spec.early_stopping_patience and not len(self._rows.validation):
+            raise InvalidArgument(
+                "bad_hyperparameter",
+                "early_stopping_patience needs held-out rows; give a validation_file or validation_fraction",
+                field="spec.early_stopping_patience",
+            )
         if spec.gradient_checkpointing:
             base.checkpoint_activations()
         plan = BatchPlan(
