@@ -50,8 +50,8 @@ SERVICE_PLACES = {
     "record.before_store": 40,
     "record.before_index": 40,
 }
-# Of all kills, the share that hits the trainer rather than a job's process.
-SERVICE_SHARE = 4
+# A trainer that was not killed after so many kills of jobs ends, and the next one starts.
+SERVICE_SHARE = 6
 JOBS_AT_ONCE = 3
 POLL_SECONDS = 0.3
 
@@ -135,9 +135,10 @@ class _Rounds:
     async def _round(self, registry: str) -> bool:
         """Run one trainer until it is killed; return whether all jobs are done, after enough kills."""
         enough = len(self._killed()) >= self._kills
+        # The trainer is due again once so many jobs were killed.
+        until = self._kills if enough else min(self._kills, len(self._killed()) + SERVICE_SHARE)
         place, visits = self._draw.choice(list(SERVICE_PLACES.items()))
-        hits_service = not enough and len(self._service_kills) * SERVICE_SHARE <= len(self._killed())
-        rule = f"{place}=kill:{self._draw.randint(1, visits)}" if hits_service else ""
+        rule = "" if enough else f"{place}=kill:{self._draw.randint(1, visits)}"
         environment = {VARIABLE: rule, "KILLS_SEED": str(self._draw.randrange(10**6))}
         if not enough:
             environment["KILLS_LOG"] = str(self._log)
@@ -150,7 +151,7 @@ class _Rounds:
                 CONCURRENCY="2",
             ) as trainer:
                 try:
-                    return await self._work(trainer, enough)
+                    return await self._work(trainer, until)
                 except LorafleetError as error:
                     code = await asyncio.wait_for(trainer.process.wait(), 10)
                     if code != -signal.SIGKILL:
@@ -158,15 +159,21 @@ class _Rounds:
                     self._service_kills.append(rule)
                     return False
 
-    async def _work(self, trainer: Trainer, enough: bool) -> bool:
-        """Keep the trainer busy; return True once every job is done and False once it should start anew."""
+    async def _work(self, trainer: Trainer, until: int) -> bool:
+        """Keep the trainer busy until so many processes were killed.
+
+        Returns:
+            True once there were enough kills and every job is done, False where a trainer is to start anew.
+        """
+        is_last = len(self._killed()) >= self._kills
         while True:
             states = [(await trainer.job(job_id)).state for job_id in self._job_ids]
             running = sum(state not in FINAL for state in states)
-            if len(self._killed()) >= self._kills:
-                if not running or not enough:
-                    return not running
-            elif running < JOBS_AT_ONCE:
+            if is_last and not running:
+                return True
+            if not is_last and len(self._killed()) >= until:
+                return False
+            if not is_last and running < JOBS_AT_ONCE:
                 number = len(self._job_ids)
                 name = f"job-{number}"
                 job = await trainer.create(DATA, SPEC, adapter=name, idempotency_key=name)
