@@ -342,6 +342,13 @@ class FakeInference(InferenceServiceServicer):
     async def Detokenize(self, request: inf.DetokenizeRequest, context: Context) -> inf.DetokenizeResponse:
         return inf.DetokenizeResponse(text=bytes(request.token_ids).decode())
 
+    async def Embed(self, request: inf.EmbedRequest, context: Context) -> inf.EmbedResponse:
+        if request.model.WhichOneof("target") == "adapter":
+            self._adapters.resolve(request.model.adapter, current_tenant())
+        tokens = sum(len(text) for text in request.inputs)
+        vectors = [inf.Embedding(values=[float(len(text)), 0.5]) for text in request.inputs]
+        return inf.EmbedResponse(embeddings=vectors, usage=gen.Usage(prompt_tokens=tokens))
+
     async def ListResident(
         self, request: inf.ListResidentRequest, context: Context
     ) -> inf.ListResidentResponse:
