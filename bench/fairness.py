@@ -1,9 +1,10 @@
 """One tenant floods, twenty are quiet: what the flood costs the quiet ones, with and without fair shares.
 
 Twenty-one tenants, each with an adapter of its own, on one engine and its thread. The quiet tenants' requests
-come at random times, the same ones in every part of the run: alone, beside a tenant that sends 200 long
-requests at once, and beside the same flood on an engine that serves first come, first served. The queue is
-long enough for all. What counts is the time to first token of the quiet. The last line is JSON.
+come at random times, at 0.3 of the rate that the engine can do, as measured first. The same times are used in
+every part of the run: alone, beside a tenant that sends 200 requests at once, and beside the same flood on an
+engine that serves first come, first served. No prompt is sent twice. What counts is the time to first token
+of the quiet. The last line is JSON.
 
     python -m bench.fairness --base assets/base
 """
@@ -86,13 +87,13 @@ def main() -> None:
         folders = make_adapters(options, Path(scratch))
         fair = start(options, Path(scratch), folders, "fair")
         first_come = start(options, Path(scratch), folders, "fcfs")
-        for driver in (fair, first_come):
-            warm(driver, options)
+        for driver in (first_come, fair):
+            options.quiet_per_second = options.quiet_load * warm(driver, options)
         alone, beside = [], []
         for number in range(options.rounds):
-            alone.append(run_part(fair, options, seed=number, flood=0, seconds=options.seconds))
-            beside.append(run_part(fair, options, seed=number, flood=options.flood, seconds=options.seconds))
-        plain = run_part(first_come, options, seed=0, flood=options.flood, seconds=options.seconds)
+            alone.append(run_part(fair, options, seed=number, flood=0))
+            beside.append(run_part(fair, options, seed=number, flood=options.flood))
+        plain = run_part(first_come, options, seed=0, flood=options.flood)
         fair.stop()
         first_come.stop()
     report(options, {"alone": alone, "beside_flood": beside, "beside_flood_first_come": [plain]})
@@ -106,15 +107,17 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, default=Path("assets/base"))
     parser.add_argument("--quantization", choices=("nf4", "none"), default="none")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=6.0, help="how long the quiet send, in each part")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=60, help="of all quiet tenants, in each part")
     parser.add_argument("--quiet", type=int, default=20, help="quiet tenants")
-    parser.add_argument("--quiet-per-second", type=float, default=12.0, help="requests of all quiet tenants")
+    parser.add_argument(
+        "--quiet-load", type=float, default=0.3, help="the quiet tenants' part of what the engine can do"
+    )
     parser.add_argument("--quiet-prompt", type=int, default=64)
     parser.add_argument("--quiet-tokens", type=int, default=32)
     parser.add_argument("--flood", type=int, default=200, help="requests that the flood sends at once")
     parser.add_argument("--flood-prompt", type=int, default=64)
-    parser.add_argument("--flood-tokens", type=int, default=200)
+    parser.add_argument("--flood-tokens", type=int, default=100)
     parser.add_argument("--places", type=int, default=16, help="most sequences of one step")
     parser.add_argument("--batch-tokens", type=int, default=256, help="most tokens of one step")
     parser.add_argument("--rank", type=int, default=8)
@@ -175,18 +178,21 @@ def start(
     return driver
 
 
-def warm(driver: Driver, options: argparse.Namespace) -> None:
-    """Load every adapter, and run steps of many sizes."""
-    for _ in range(2):
+def warm(driver: Driver, options: argparse.Namespace) -> float:
+    """Load every adapter; return how many requests like those of the quiet the engine can do in a second."""
+    tenants = [FLOOD, *quiet_tenants(options)]
+    for _ in range(3):
+        started = time.monotonic()
         calls = [
-            send(driver, tenant, prompt(options, options.quiet_prompt), 8)[1]
-            for tenant in [FLOOD, *quiet_tenants(options)]
+            send(driver, tenant, prompt(options, options.quiet_prompt), options.quiet_tokens)[1]
+            for tenant in tenants
         ]
         for call in calls:
             assert call.ended.wait(DRAIN_SECONDS), "a request did not end"
+    return len(tenants) / (time.monotonic() - started)
 
 
-def run_part(driver: Driver, options: argparse.Namespace, *, seed: int, flood: int, seconds: float) -> Part:
+def run_part(driver: Driver, options: argparse.Namespace, *, seed: int, flood: int) -> Part:
     """Send the flood, then the quiet tenants' requests at their times; wait for the quiet; drop the flood."""
     draw = random.Random(seed)
     before = driver.stats()
@@ -197,7 +203,7 @@ def run_part(driver: Driver, options: argparse.Namespace, *, seed: int, flood: i
     tenants = quiet_tenants(options)
     quiet: list[Call] = []
     next_at = time.monotonic()
-    while next_at - started < seconds:
+    for _ in range(options.requests):
         next_at += draw.expovariate(options.quiet_per_second)
         ids = prompt(options, options.quiet_prompt)
         time.sleep(max(0.0, next_at - time.monotonic()))
