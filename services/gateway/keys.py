@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from services.common.errors import NotFound, Unauthenticated, Unavailable
+from services.common.errors import InvalidArgument, NotFound, Unauthenticated, Unavailable
 from services.common.names import tenant_name
 from services.common.store import ObjectExistsError, ObjectNotFoundError, ObjectStore
 
@@ -35,6 +35,8 @@ _CACHE_ENTRIES = 10_000
 # A key may be used right after it was made, so its absence is not remembered for long.
 _ABSENT_CACHE_SECONDS = 1.0
 _NO_DIGEST = "0" * 64
+# Where the trainer keeps candidates before they are published.
+_RESERVED_TENANTS = "lorafleet-"
 # How long a key that was good is trusted while the store does not answer.
 STALE_SECONDS = 60.0
 
@@ -125,6 +127,13 @@ class KeyRing:
             Unavailable: `store_unavailable`.
         """
         tenant_name(tenant)
+        if tenant.startswith(_RESERVED_TENANTS):
+            raise InvalidArgument(
+                "bad_tenant",
+                f"tenants whose names begin with {_RESERVED_TENANTS} are the services' own",
+                field="tenant",
+                value=tenant,
+            )
         key_id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_CHARS))
         key = f"lf-{key_id}-{secrets.token_urlsafe(_SECRET_BYTES)}"
         now = int(time.time())
