@@ -3,8 +3,9 @@
 A real registry in a process of its own holds all adapters, of mixed ranks. The same traffic, a fixed number
 of requests in flight with greedy answers of fixed length, goes to an engine in this process twice, in turns:
 with adapters drawn from all by Zipf's law, and from a handful by the same law. The device's budget is that of
-64 adapters, the host's that of 512, so the tail comes from disk again and again. Tiers are sampled throughout
-against their budgets; at the end everything is given back, and what is left is printed. The last line is JSON.
+64 adapters, the host's that of 512, so the tail comes from the disk, which has all, again and again. Tiers
+are sampled throughout against their budgets; at the end everything is given back, and what is left is
+printed. The last line is JSON.
 
     python -m bench.adapter_scale --base assets/base
 """
@@ -17,7 +18,9 @@ import ctypes
 import gc
 import itertools
 import json
+import os
 import random
+import shutil
 import statistics
 import tempfile
 import threading
@@ -34,17 +37,21 @@ from services.common.adapter_format import WEIGHTS_FILE
 from services.common.call_context import call_scope
 from services.common.ids import new_id
 from services.inference.adapters.cache import AdapterCache
+from services.inference.adapters.disk import DiskTier
 from services.inference.adapters.measures import CacheStats
+from services.inference.adapters.stages import LoadTimes
 from services.inference.driver import Driver
 from services.inference.engine.events import TokenEvent
 from services.inference.engine.request import Request, SamplingParams
 from services.inference.resolver import AdapterResolver, ResolverLimits
 from services.inference.runtime import LoadedBase, load
 from services.inference.settings import InferenceSettings
-from services.inference.sources import AdapterSource
+from services.inference.sources import AdapterSource, AdapterSources
 from tests.support.registry import Client
 
 TENANT = "acme"
+CACHE = "cache"
+ON_DISK = "on-disk"
 
 
 @dataclass
@@ -145,8 +152,8 @@ def main() -> None:
     parser.add_argument("--warm-requests", type=int, default=1500)
     parser.add_argument("--requests", type=int, default=200, help="of each round")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--folder", type=Path, help="keep the registry here for the next run")
-    parser.add_argument("--publish-only", action="store_true", help="end when the registry is filled")
+    parser.add_argument("--folder", type=Path, help="keep the registry and the disk's tier for the next run")
+    parser.add_argument("--fill-only", action="store_true", help="end when both are filled")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
@@ -161,11 +168,17 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     mean_bytes = mean_float32_bytes(options.base, adapters)
     settings = settings_of(options, folder, mean_bytes, "127.0.0.1:1")
     async with published(folder, options.base, settings.base_quantization, adapters) as (client, target):
-        if options.publish_only:
+        sources = await resolve_all(client, adapters)
+        await asyncio.to_thread(fill_disk, options.base, folder / ON_DISK, adapters, sources)
+        if options.fill_only:
             return {"published": len(adapters)}
+        # Links, because at its end the bench evicts everything.
+        shutil.rmtree(folder / CACHE, ignore_errors=True)
+        shutil.copytree(folder / ON_DISK, folder / CACHE, copy_function=os.link)
         settings = settings_of(options, folder, mean_bytes, target)
         base = await asyncio.to_thread(load, settings)
-        sources = await resolve_all(client, base, adapters)
+        for source in sources:
+            base.sources.note(source)
         print(f"published {len(adapters)} adapters of {mean_bytes / 1e6:.2f} MB on average", flush=True)
         return await asyncio.to_thread(serve, options, settings, base, [one.digest for one in sources])
 
@@ -293,7 +306,7 @@ def settings_of(
     return InferenceSettings(
         base_path=options.base,
         base_name=BASE_NAME,
-        adapter_cache_path=folder / "cache",
+        adapter_cache_path=folder / CACHE,
         registry_target=registry_target,
         quantization=options.quantization,
         compute_dtype="float32",
@@ -317,14 +330,37 @@ def mean_float32_bytes(base: Path, adapters: Sequence[RandomAdapter]) -> int:
     return sum(by_rank[adapter.rank] for adapter in adapters) // len(adapters)
 
 
-async def resolve_all(
-    client: Client, base: LoadedBase, adapters: Sequence[RandomAdapter]
-) -> list[AdapterSource]:
-    """Resolve every adapter once, so that the engine knows where its bytes are."""
+async def resolve_all(client: Client, adapters: Sequence[RandomAdapter]) -> list[AdapterSource]:
+    """Resolve every adapter once, which tells where its bytes are."""
     limits = ResolverLimits(timeout_seconds=10, fresh_seconds=0, stale_seconds=0)
-    resolver = AdapterResolver(client.adapters, base.sources, base.record.fingerprint.digest, limits)
+    base_digest = (await client.resolve(adapters[0].name)).base_fingerprint_digest
+    resolver = AdapterResolver(client.adapters, AdapterSources(), base_digest, limits)
     with call_scope(tenant=TENANT):
         return [await resolver.resolve(one.name, field="adapter") for one in adapters]
+
+
+def fill_disk(
+    base: Path, folder: Path, adapters: Sequence[RandomAdapter], sources: Sequence[AdapterSource]
+) -> None:
+    """Bring every adapter to the disk's tier, as if each had been asked for on this host before."""
+    disk = DiskTier(folder, 1 << 62)
+    maker = Maker(base, {source.digest: one for source, one in zip(sources, adapters, strict=True)})
+    for source in sources:
+        if source.digest not in disk:
+            with disk.open(source.digest, maker, LoadTimes()):
+                pass
+
+
+class Maker:
+    """Makes the files of published adapters anew, which is quicker than to download them all."""
+
+    def __init__(self, base: Path, adapters: dict[str, RandomAdapter]) -> None:
+        self._shapes = linear_shapes(base)
+        self._adapters = adapters
+
+    def fetch(self, digest: str, into: Path) -> None:
+        for name, data in files_of(self._adapters[digest], self._shapes).items():
+            (into / name).write_bytes(data)
 
 
 def rss_bytes() -> int:

@@ -120,6 +120,9 @@ METRICS: dict[str, Metric] = {
         (),
         _SECONDS,
     ),
+    "lorafleet.inference.adapter.bytes": Metric(
+        Kind.UP_DOWN_COUNTER, "By", "Bytes of adapters by tier: disk, host, device.", ("tier",)
+    ),
     "lorafleet.inference.adapter.evictions": Metric(
         Kind.COUNTER, "{adapter}", "Adapters that made room for others, by tier: host, device.", ("tier",)
     ),

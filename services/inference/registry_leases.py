@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,8 +80,12 @@ class RegistryLeases:
                 await self.look()
                 await asyncio.sleep(_INTERVAL_SECONDS)
         finally:
-            await self._each(self._release, [hold for hold in self._holds.values() if hold.renewed_at])
+            leased = [hold for hold in self._holds.values() if hold.renewed_at is not None]
             self._holds.clear()
+            # What cannot be given back in time ends by itself.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CALL_TIMEOUT_SECONDS):
+                    await self._each(self._release, leased)
 
     async def look(self) -> None:
         """Note what is held now; take, renew and give back what is due."""

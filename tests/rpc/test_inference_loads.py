@@ -40,6 +40,7 @@ RANKS = (2, 4, 8, 16)
 WEIGHTS = "adapter_model.safetensors"
 STAGES = "lorafleet.inference.adapter.load_stage.duration"
 LOADS = "lorafleet.inference.adapter.loads"
+BYTES = "lorafleet.inference.adapter.bytes"
 WAITS = "lorafleet.inference.adapter.wait.duration"
 REQUESTS = "lorafleet.inference.adapter.requests"
 
@@ -199,6 +200,7 @@ async def test_loads_are_measured_by_stage_and_requests_by_adapter(
 ) -> None:
     stages = {stage: total(STAGES, {"stage": stage}) for stage in ("download", "verify", "parse", "copy")}
     waits = total(WAITS, {})
+    held = {tier: total(BYTES, {"tier": tier}) for tier in ("disk", "host", "device")}
     async with running_fleet(base, tmp_path, redis_url) as fleet:
         published = await fleet.publish({"a0": folders["a0"], "a1": folders["a1"]})
         asked = {
@@ -207,6 +209,10 @@ async def test_loads_are_measured_by_stage_and_requests_by_adapter(
         }
         for name in ("a0", "a1", "a0", "a0"):
             await fleet.client.generate(request("Hello", name))
+        status = await fleet.client.status()
+    used = (status.adapters_disk, status.adapters_host, status.adapters_device)
+    for (tier, before), usage in zip(held.items(), used, strict=True):
+        assert total(BYTES, {"tier": tier}) - before == usage.used_bytes > 0
     grown = {stage: total(STAGES, {"stage": stage}) - before for stage, before in stages.items()}
     # Nothing is copied on a CPU.
     assert grown == {"download": 2, "verify": 2, "parse": 2, "copy": 0}

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from services.common.adapter_format import CONFIG_FILE, WEIGHTS_FILE
 from services.common.errors import DataLoss, InvalidArgument, ResourceExhausted
+from services.inference.adapters.measures import count_bytes
 from services.inference.adapters.stages import LoadTimes, Stage
 
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
@@ -151,6 +152,7 @@ class DiskTier:
         self._sizes[name] = size_bytes
         self._origins[name] = origin
         self._used_bytes += size_bytes
+        count_bytes("disk", size_bytes)
 
     def _is_whole(self, name: str, times: LoadTimes) -> bool:
         if name not in self._sizes:
@@ -218,7 +220,9 @@ class DiskTier:
 
         Moved first: a folder that is half deleted must not be taken for a whole one after a crash.
         """
-        self._used_bytes -= self._sizes.pop(name)
+        size_bytes = self._sizes.pop(name)
+        self._used_bytes -= size_bytes
+        count_bytes("disk", -size_bytes)
         self._origins.pop(name)
         self._verified.pop(name, None)
         trash = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=self._root))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from services.inference.adapters.disk import DiskTier
 from services.inference.adapters.entry import AdapterEntry
 from services.inference.adapters.eviction import Candidate, Worth, choose_victims
+from services.inference.adapters.measures import count_bytes
 
 
 class HostTier:
@@ -23,10 +24,12 @@ class HostTier:
         assert self.used_bytes + size_bytes <= self.budget_bytes
         entry.reserved_bytes = size_bytes
         self.used_bytes += size_bytes
+        count_bytes("host", size_bytes)
 
     def give_back(self, entry: AdapterEntry) -> None:
         """Take back all that `entry` has."""
         self.used_bytes -= entry.reserved_bytes
+        count_bytes("host", -entry.reserved_bytes)
         entry.reserved_bytes = 0
 
     def victims(

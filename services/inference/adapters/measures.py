@@ -13,9 +13,15 @@ _wait_seconds = metrics.histogram("lorafleet.inference.adapter.wait.duration")
 _loads = metrics.counter("lorafleet.inference.adapter.loads")
 _evictions = metrics.counter("lorafleet.inference.adapter.evictions")
 _requests = metrics.counter("lorafleet.inference.adapter.requests")
+_bytes = metrics.up_down_counter("lorafleet.inference.adapter.bytes")
 
 # One series per adapter for so many adapters; the others share one.
 _MAX_LABELS = 100
+
+
+def count_bytes(tier: str, change_bytes: int) -> None:
+    """Count bytes that a tier has taken, or given back where `change_bytes` is below 0."""
+    _bytes.add(change_bytes, {"tier": tier})
 
 
 @dataclass(slots=True)

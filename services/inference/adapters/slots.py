@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from services.inference.adapters.device_budget import DeviceBudget
+from services.inference.adapters.measures import count_bytes
 from services.inference.adapters.ops import AdapterStack
 from services.inference.adapters.weights import AdapterWeights
 
@@ -66,6 +67,7 @@ class DeviceSlots:
             return False
         self._slots[digest] = Slot(weights.to(self.device, non_blocking=True), size_bytes)
         self.used_bytes += size_bytes
+        count_bytes("device", size_bytes)
         return True
 
     def evict(self, digest: str) -> None:
@@ -73,6 +75,7 @@ class DeviceSlots:
         slot = self._slots.pop(digest)
         assert slot.pins == 0, "a pinned adapter was evicted"
         self.used_bytes -= slot.size_bytes
+        count_bytes("device", -slot.size_bytes)
         self.budget.give_back_adapters(slot.size_bytes)
 
 
