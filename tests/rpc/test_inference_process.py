@@ -21,6 +21,7 @@ from lorafleet.inference.v1 import inference_service_pb2 as calls
 from lorafleet.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from services.common.call_context import call_scope
 from services.common.channels import open_channel
+from services.common.errors import LorafleetError
 from tests.support.inference import (
     Answer,
     InferenceClient,
@@ -36,10 +37,31 @@ from tests.support.registry import Place
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 60
 END_SECONDS = 30
+PROGRAM = ("-m", "services.inference")
+# The service on a device that fails with the first request, and then does not answer any more.
+ON_A_DEVICE_THAT_IS_LOST = """
+import runpy
+from services.inference.engine.runner import DeviceLost, Runner
+
+run = Runner.run
+
+def fail(self, batch):
+    if batch.chunks:
+        raise RuntimeError("an illegal access was encountered")
+    return run(self, batch)
+
+def recover(self):
+    raise DeviceLost("it does not answer")
+
+Runner.run, Runner.recover = fail, recover
+runpy.run_module("services.inference", run_name="__main__")
+"""
 
 
 @contextmanager
-def inference_process(folder: Path, registry: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
+def inference_process(
+    folder: Path, registry: str, *, program: tuple[str, ...] = PROGRAM, **settings: str
+) -> Iterator[subprocess.Popen[str]]:
     """Run the process; its address will be in `folder / "port"`."""
     values = {
         "LISTEN": "127.0.0.1:0",
@@ -57,7 +79,7 @@ def inference_process(folder: Path, registry: str, **settings: str) -> Iterator[
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LORAFLEET_")}
     environment |= {f"LORAFLEET_INFERENCE_{name}": value for name, value in values.items()}
     process = subprocess.Popen(
-        [sys.executable, "-m", "services.inference"],
+        [sys.executable, *program],
         cwd=ROOT,
         env=environment | {"LORAFLEET_PORT_FILE": str(folder / "port")},
         stderr=subprocess.PIPE,
@@ -114,3 +136,21 @@ async def test_base_that_cannot_be_loaded_ends_the_process(tmp_path: Path) -> No
         _, stderr = await asyncio.to_thread(process.communicate, timeout=START_SECONDS)
     assert process.returncode == 1
     assert "missing_file" in stderr
+
+
+async def test_107_a_lost_device_ends_the_process(tmp_path: Path, redis_url: str) -> None:
+    make_tiny_llama(tmp_path / "base", seed=1)
+    place = Place.in_directory(redis_url, tmp_path / "store")
+    async with running_registry(place) as (registry, _):
+        with inference_process(tmp_path, registry, program=("-c", ON_A_DEVICE_THAT_IS_LOST)) as process:
+            address = await address_of(process, tmp_path)
+            await until_health(address, "SERVING")
+            async with open_channel(address) as channel:
+                client = InferenceClient(InferenceServiceStub(channel))
+                await until_served(client)
+                with pytest.raises(LorafleetError) as caught:
+                    await client.generate(request("Once"))
+                assert caught.value.reason == "device_lost"
+            _, stderr = await asyncio.to_thread(process.communicate, timeout=END_SECONDS)
+    assert process.returncode == 1
+    assert "engine_failed" in stderr
