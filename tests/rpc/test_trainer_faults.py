@@ -87,7 +87,7 @@ async def test_job_whose_child_was_killed_ends_with_the_same_adapter(place: Trai
         assert one.digest == other.digest
 
 
-async def test_killed_child_is_replaced_and_goes_on(place: TrainerPlace) -> None:
+async def test_row_58_killed_child_is_replaced_and_goes_on(place: TrainerPlace) -> None:
     async with registry_host(place) as registry, running_trainer(place, registry) as trainer:
         job = await trainer.create(DATA, SPEC, adapter="broken")
         await past_step(trainer, job.id, 25)
@@ -100,7 +100,7 @@ async def test_killed_child_is_replaced_and_goes_on(place: TrainerPlace) -> None
         await the_one_version(trainer, "broken")
 
 
-async def test_killed_trainer_takes_its_job_up_again(place: TrainerPlace) -> None:
+async def test_row_58_killed_trainer_takes_its_job_up_again(place: TrainerPlace) -> None:
     async with registry_host(place) as registry:
         async with running_trainer(place, registry) as trainer:
             job = await trainer.create(DATA, SPEC, adapter="survivor")
@@ -119,7 +119,7 @@ async def test_killed_trainer_takes_its_job_up_again(place: TrainerPlace) -> Non
 
 
 @pytest.mark.slow
-async def test_stopped_trainer_hands_its_job_back(place: TrainerPlace) -> None:
+async def test_row_64_stopped_trainer_hands_its_job_back(place: TrainerPlace) -> None:
     async with registry_host(place) as registry:
         async with running_trainer(place, registry) as trainer:
             job = await trainer.create(DATA, SPEC, adapter="handed-back")

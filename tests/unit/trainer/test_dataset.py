@@ -153,7 +153,7 @@ def test_bad_file_is_refused_by_line(
         assert f"column {column}:" in violation.description
 
 
-def test_every_bad_line_is_named_up_to_twenty(tmp_path: Path) -> None:
+def test_row_46_every_bad_line_is_named_up_to_twenty(tmp_path: Path) -> None:
     data = b"".join(b"broken\n" if i % 2 else line(GOOD) for i in range(60))
     error = refusal(tmp_path, data)
     assert [violation.field for violation in error.violations] == [
@@ -180,7 +180,7 @@ def test_fault_names_the_field_inside_the_row(tmp_path: Path) -> None:
     assert "system, user, assistant, tool" in violation.description
 
 
-def test_long_line_is_refused_and_reading_goes_on(tmp_path: Path) -> None:
+def test_row_54_long_line_is_refused_and_reading_goes_on(tmp_path: Path) -> None:
     long_line = line({"prompt": "x" * 5000, "completion": "y"})
     error = refusal(tmp_path, line(GOOD) + long_line + b"broken\n", line_limit_bytes=1000)
     assert [v.reason for v in error.violations] == ["line_too_large", "bad_json_line"]
@@ -202,7 +202,7 @@ def test_line_of_exactly_the_limit_is_read(tmp_path: Path) -> None:
         pytest.param(line({**GOOD, "id": "x-1", "metadata": {"k": [1]}}), id="annotations"),
     ],
 )
-def test_harmless_oddities_are_accepted(tmp_path: Path, data: bytes) -> None:
+def test_row_47_harmless_oddities_are_accepted(tmp_path: Path, data: bytes) -> None:
     schema, (row,) = read(tmp_path, data)
     assert schema is Schema.PROMPT_COMPLETION
     assert isinstance(row, PromptRow)

@@ -101,7 +101,7 @@ async def test_two_processes_never_hold_one_job(redis_url: str, folder: Path) ->
         assert sum(claim is not None for claim in claims) == 1
 
 
-async def test_holder_that_was_overtaken_cannot_write(redis_url: str, folder: Path) -> None:
+async def test_row_59_holder_that_was_overtaken_cannot_write(redis_url: str, folder: Path) -> None:
     async with open_desk(redis_url, folder) as desk:
         slow, quick = desk.book(ELSEWHERE, lease_seconds=1.0), desk.book()
         job = await slow.create(request(), message="created")
@@ -120,7 +120,7 @@ async def test_holder_that_was_overtaken_cannot_write(redis_url: str, folder: Pa
         assert (await quick.get("acme", job.id)).state is JobState.RUNNING
 
 
-async def test_record_of_an_overtaken_writer_does_not_count(redis_url: str, folder: Path) -> None:
+async def test_row_59_record_of_an_overtaken_writer_does_not_count(redis_url: str, folder: Path) -> None:
     """Even where it reached the store, between the check of its lease and the loss of it."""
     async with open_desk(redis_url, folder) as desk:
         book = desk.book()
@@ -203,7 +203,7 @@ async def test_lanes_follow_the_state_oldest_first(redis_url: str, folder: Path)
         assert queued.job.id == ids[0]
 
 
-async def test_same_key_gives_the_first_job(redis_url: str, folder: Path) -> None:
+async def test_row_57_same_key_gives_the_first_job(redis_url: str, folder: Path) -> None:
     async with open_desk(redis_url, folder) as desk:
         book = desk.book()
         first = await book.create(request(key="once"), message="created")
@@ -215,7 +215,7 @@ async def test_same_key_gives_the_first_job(redis_url: str, folder: Path) -> Non
         assert len(await everything(book)) == 1
 
 
-async def test_two_at_once_make_one_job(redis_url: str, folder: Path) -> None:
+async def test_row_57_two_at_once_make_one_job(redis_url: str, folder: Path) -> None:
     async with open_desk(redis_url, folder) as desk:
         book = desk.book()
         results = await asyncio.gather(
@@ -254,7 +254,7 @@ async def test_cancel_of_a_job_in_work_is_shown_and_outlives_the_index(redis_url
 
 
 @pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED])
-async def test_ended_job_cannot_be_cancelled(redis_url: str, folder: Path, state: JobState) -> None:
+async def test_row_63_ended_job_cannot_be_cancelled(redis_url: str, folder: Path, state: JobState) -> None:
     async with open_desk(redis_url, folder) as desk:
         book = desk.book()
         job = await book.create(request(), message="created")

@@ -58,7 +58,7 @@ def test_alpha_follows_the_rank() -> None:
         ("minutes_budget", float("nan")),
     ],
 )
-def test_out_of_range_is_refused_by_name_and_range(field: str, value: float) -> None:
+def test_row_56_out_of_range_is_refused_by_name_and_range(field: str, value: float) -> None:
     with pytest.raises(InvalidArgument) as caught:
         resolved(**{field: value})
     assert caught.value.reason == "bad_hyperparameter"
