@@ -23,7 +23,7 @@ class TrainerSettings(IndexSettings, StoreSettings, PeerSettings, ServiceSetting
     """Address of the registry, `HOST:PORT`."""
 
     inference_target: ListenAddress | None = None
-    """Address of an inference service, `HOST:PORT`, with which versions are checked before they are published.
+    """Address of an inference service, `HOST:PORT`, that checks versions before they are published.
     Where it serves another base, or none is named, there is no such check."""
 
     parity_tolerance_nats: float | None = Field(default=None, gt=0, le=10)
