@@ -40,8 +40,7 @@ def requires(scope: Scope | None = None) -> Callable[[Request], AsyncIterator[No
 
 def principal_of(request: Request) -> Principal:
     """Return who makes a request that was admitted."""
-    principal = request.state.principal
-    assert isinstance(principal, Principal)
+    principal: Principal = request.state.principal
     return principal
 
 

@@ -49,7 +49,9 @@ class QueueShare:
 
     def give_back(self, tenant: str) -> None:
         """Give a place back."""
-        self._held[tenant] -= 1
-        assert self._held[tenant] >= 0
-        if not self._held[tenant]:
+        left = self._held[tenant] - 1
+        assert left >= 0, "a place is given back once"
+        if left:
+            self._held[tenant] = left
+        else:
             del self._held[tenant]
