@@ -13,6 +13,12 @@
 #define TILE 8
 #define MAX_BLOCKS 3
 
+/* Columns of y that many rows of one adapter change at once. */
+#define EXPAND_COLUMNS 256
+
+/* Floats of adapters that are asked for ahead of their use. */
+#define FETCH_FLOATS (64 << 10)
+
 /* Most projections of one call. */
 #define MAX_PROJECTIONS 3
 
@@ -193,12 +199,9 @@ INLINE void axpy(const int ranks, const float *low, const float *b, int64_t out,
         for (int r = 0; r < ranks; r++) y[n] += b[r * out + n] * low[r];
 }
 
-/* y[rows, first..last) = gain y + low b + shift. */
-static void expand(const update *u, const float *low, int64_t rows, int64_t out, float *y, int64_t first,
-                   int64_t last) {
-    if (u->gain)
-        for (int64_t row = 0; row < rows; row++)
-            for (int64_t n = first; n < last; n++) y[row * out + n] *= u->gain[n];
+/* y[rows, first..last) += low b. */
+static void add_low(const update *u, const float *low, int64_t rows, int64_t out, float *y, int64_t first,
+                    int64_t last) {
     int64_t r = 0;
     for (; r + 4 <= u->rank; r += 4)
         for (int64_t row = 0; row < rows; row++)
@@ -206,9 +209,26 @@ static void expand(const update *u, const float *low, int64_t rows, int64_t out,
     for (; r < u->rank; r++)
         for (int64_t row = 0; row < rows; row++)
             axpy(1, low + row * u->rank + r, u->b + r * out + first, out, y + row * out + first, last - first);
+}
+
+/* y[rows, first..last) = gain y + low b + shift. Many rows take b by pieces that stay in the first cache. */
+static void expand(const update *u, const float *low, int64_t rows, int64_t out, float *y, int64_t first,
+                   int64_t last) {
+    if (u->gain)
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t n = first; n < last; n++) y[row * out + n] *= u->gain[n];
+    int64_t piece = rows < 4 ? last - first : EXPAND_COLUMNS;
+    for (int64_t n = first; n < last && u->rank; n += piece)
+        add_low(u, low, rows, out, y, n, least(n + piece, last));
     if (u->shift)
         for (int64_t row = 0; row < rows; row++)
             for (int64_t n = first; n < last; n++) y[row * out + n] += u->shift[n];
+}
+
+/* Ask for memory that is read soon, as far as the second cache has room for it beside all else. */
+INLINE int64_t fetch(const float *from, int64_t count, int64_t budget) {
+    for (int64_t i = 0; i < least(count, budget); i += 16) __builtin_prefetch(from + i, 0, 2);
+    return budget - count;
 }
 
 /* The rows of one pass over the weights, from `row` on. */
@@ -228,20 +248,23 @@ static void pack_share(const job *j, int64_t thread, int64_t threads) {
     }
 }
 
-/* This thread's share of A x: an even part of all ranks of all segments and projections. */
-static void shrink_share(const job *j, int64_t thread, int64_t threads) {
+/* This thread's share of A x, an even part of all ranks of all segments and projections; or ask for its A. */
+INLINE void shrink_share(const job *j, const int fetching, int64_t thread, int64_t threads) {
     const layer *l = j->layer;
     int64_t ranks = 0;
     for (int64_t s = 0; s < j->step->count; s++)
         for (int64_t p = 0; p < l->count; p++) ranks += j->step->segments[s].table[l->projections[p].module].rank;
     int64_t first = share(ranks, 4, thread, threads), last = share(ranks, 4, thread + 1, threads), at = 0;
     float *low = j->step->low;
+    int64_t budget = FETCH_FLOATS;
     for (int64_t s = 0; s < j->step->count; s++) {
         const segment *g = &j->step->segments[s];
         for (int64_t p = 0; p < l->count; p++) {
             const update *u = &g->table[l->projections[p].module];
             int64_t from = most(first - at, 0), to = least(last - at, u->rank);
-            if (from < to)
+            if (from < to && fetching)
+                budget = fetch(u->a + from * l->in, (to - from) * l->in, budget);
+            else if (from < to)
                 shrink(u->a, from, to, j->x + g->start * l->in, l->in, g->end - g->start, low, u->rank);
             at += u->rank;
             low += u->rank * (g->end - g->start);
@@ -283,10 +306,25 @@ static void expand_share(const job *j, int64_t thread, int64_t threads) {
     }
 }
 
+/* Ask for this thread's columns of every B. */
+static void fetch_expand(const job *j, int64_t thread, int64_t threads) {
+    int64_t budget = FETCH_FLOATS;
+    for (int64_t s = 0; s < j->step->count && budget > 0; s++)
+        for (int64_t i = 0; i < j->layer->count; i++) {
+            const projection *p = &j->layer->projections[i];
+            const update *u = &j->step->segments[s].table[p->module];
+            int64_t first = share(p->out, 16, thread, threads), last = share(p->out, 16, thread + 1, threads);
+            for (int64_t r = 0; r < u->rank && budget > 0; r++)
+                budget = fetch(u->b + r * p->out + first, last - first, budget);
+        }
+}
+
 /* The two parts of a job for one thread of a team; a barrier must stand between them. */
 INLINE void begin_job(const job *j, int64_t thread, int64_t threads) {
+    shrink_share(j, 1, thread, threads);
     if (j->layer->projections[0].weight) pack_share(j, thread, threads);
-    shrink_share(j, thread, threads);
+    shrink_share(j, 0, thread, threads);
+    fetch_expand(j, thread, threads);
 }
 
 INLINE void end_job(const job *j, int64_t thread, int64_t threads) {
