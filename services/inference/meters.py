@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from opentelemetry.metrics import Counter, UpDownCounter
 
 from services.common import metrics
-from services.inference.engine.engine import EngineStats
+from services.inference.engine.stats import EngineStats
 
 _INTERVAL_SECONDS = 1.0
 

@@ -128,7 +128,7 @@ def _load(base: Path, nf4: bool) -> PreTrainedModel:
     )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from services.common.errors import LorafleetError
 from services.inference.adapters.ends import EmbeddingRows, HeadRows, add_embedding, apply_head
 from services.inference.adapters.weights import EmbeddingDelta, HeadDelta, LoraPair
 from tests.support.architectures import ARCHITECTURES, write_tiny_model
@@ -64,7 +65,7 @@ def test_what_the_ends_take_counts_against_the_budgets(tmp_path: Path) -> None:
     )
     engine.add(request("head", [10, 20], "whole-head-4", max_tokens=2))
     engine.add(request("few", [10, 20], "few-4", max_tokens=2))
-    failed = {}
+    failed: dict[str, LorafleetError] = {}
     while engine.has_work:
         failed |= {event.request_id: event.error for event in engine.step() if event.error is not None}
     assert set(failed) == {"head"}

@@ -61,7 +61,7 @@ def test_some_of_every_kind(name: str, make: MakeEngine, tmp_path: Path) -> None
     base = write(name, tmp_path / "base")
     names = list(adapter_settings(architecture))
     some = [names[(number + 4 * step) % len(names)] for step in range(3)]
-    adapters = make_adapters(base, tmp_path, architecture, dict.fromkeys([*some, "dora-8", "ends-8"]))
+    adapters = make_adapters(base, tmp_path, architecture, list(dict.fromkeys([*some, "dora-8", "ends-8"])))
     quantization = QUANTIZATIONS[number % 2]
     reference = PeftReference(base, adapters, nf4=quantization == "nf4")
     engine = make(base, adapters, quantization=quantization, max_batch_tokens=48)
@@ -90,7 +90,7 @@ def test_all_of_every_kind(
 @pytest.mark.parametrize("name", [name for name, a in ARCHITECTURES.items() if a.has_experts])
 def test_peft_adapters_of_experts_are_refused_by_name(name: str, make: MakeEngine, tmp_path: Path) -> None:
     base = write(name, tmp_path / "base")
-    settings = {"r": 4, "target_parameters": ["mlp.experts.down_proj"]}
+    settings: dict[str, Any] = {"r": 4, "target_parameters": ["mlp.experts.down_proj"]}
     adapters = {"a": make_peft_adapter(base, tmp_path / "a", **settings)}
     engine = make(base, adapters)
     engine.add(request("r", [10, 20], "a"))
