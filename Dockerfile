@@ -43,5 +43,11 @@ COPY --from=light-build /opt/lorafleet /opt/lorafleet
 CMD ["services.gateway"]
 
 FROM runtime AS full
+# The engine compiles its kernels at its first start, on a CPU as on a GPU; without a compiler it runs their slower twins.
+USER root
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+USER lorafleet
+# On a volume: /tmp may forbid to load code from it.
+ENV XDG_CACHE_HOME=/var/lib/lorafleet/cache TRITON_CACHE_DIR=/var/lib/lorafleet/cache/triton
 COPY --from=full-build /opt/lorafleet /opt/lorafleet
 CMD ["services.inference"]

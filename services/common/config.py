@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -83,6 +83,10 @@ def _checked_store_url(url: str) -> str:
     if parts.scheme == "s3" and parts.netloc and parse_qs(parts.query).get("endpoint"):
         return url
     raise ValueError("must be file:///ABSOLUTE/FOLDER or s3://BUCKET?endpoint=http(s)://HOST:PORT")
+
+
+def _none_when_empty(value: object) -> object:
+    return None if value == "" else value
 
 
 ListenAddress = Annotated[str, AfterValidator(_checked_address)]
@@ -158,8 +162,11 @@ class ServiceSettings(Settings):
     port_file: Path | None = Field(default=None, validation_alias="LORAFLEET_PORT_FILE")
     """File that receives the bound `HOST:PORT` once the server listens."""
 
-    otlp_endpoint: str | None = Field(default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
-    """OTLP collector for traces and metrics, e.g. `http://127.0.0.1:4317`; nothing is exported without it."""
+    otlp_endpoint: Annotated[str | None, BeforeValidator(_none_when_empty)] = Field(
+        default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT"
+    )
+    """OTLP collector for traces and metrics, e.g. `http://127.0.0.1:4317`; nothing is exported without it. An
+    empty value is none, as OpenTelemetry has it for its variables."""
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
