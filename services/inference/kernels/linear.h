@@ -217,7 +217,7 @@ static void expand(const update *u, const float *low, int64_t rows, int64_t out,
     if (u->gain)
         for (int64_t row = 0; row < rows; row++)
             for (int64_t n = first; n < last; n++) y[row * out + n] *= u->gain[n];
-    int64_t piece = rows < 4 ? last - first : EXPAND_COLUMNS;
+    int64_t piece = rows <= 8 ? last - first : EXPAND_COLUMNS;
     for (int64_t n = first; n < last && u->rank; n += piece)
         add_low(u, low, rows, out, y, n, least(n + piece, last));
     if (u->shift)
