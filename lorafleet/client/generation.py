@@ -84,7 +84,7 @@ class AsyncInference:
             elif completion is not None:
                 _add(completion, message)
         if completion is None:
-            raise Internal("bad_stream", "the stream ended before it began")
+            raise Internal("incomplete_answer", "the stream ended before it began")
         return completion
 
     async def stream(

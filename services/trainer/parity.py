@@ -137,7 +137,7 @@ class ParityGate:
             async for message in self._inference.Generate(request):
                 if message.HasField("started"):
                     return message.started
-            raise Internal("bad_stream", "a generation ended before it started")
+            raise Internal("incomplete_answer", "a generation ended before it started")
 
         positions = (await _answered(started)).prompt_logprobs
         return [position.chosen.logprob for position in positions]
