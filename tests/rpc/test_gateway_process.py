@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
 from services.gateway.__main__ import main
+from services.gateway.keys import KeyLimits, Scope
+from services.gateway.limits import Bucket, LocalLimiter
 from tests.support.certificates import Authority
 from tests.support.fake_services import BASE, Script
 from tests.support.gateway import PEPPER, GatewayUnderTest, running_gateway, sse_objects, wait_until
@@ -172,3 +175,49 @@ def test_https_with_a_certificate(tmp_path: Path, behind: GatewayUnderTest) -> N
     mismatched = run(tmp_path, **files | {"LORAFLEET_GATEWAY_TLS_KEY_FILE": str(other.key_file)})
     assert mismatched.returncode == 1
     assert "KEY_VALUES_MISMATCH" in mismatched.stderr
+
+
+def test_row_138_a_killed_gateway_leaves_a_broken_connection_and_no_reservation(
+    behind: GatewayUnderTest, tmp_path: Path, redis_url: str
+) -> None:
+    """kill -9 with a body half read, in a stream, and around a revocation."""
+    behind.inference.scripts["long"] = Script(texts=["x"], hang=True)
+    _, limited = behind.keys.make("default", tuple(Scope), limits=KeyLimits(tokens_per_minute=60_000))
+    key_id = limited.split("-")[1]
+    headers = {"authorization": f"Bearer {limited}"}
+    variables = {**targets(behind), "LORAFLEET_GATEWAY_REDIS_URL": redis_url}
+    with process(tmp_path, **variables) as (child, url):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as half_sent:
+            half_sent.sendall(
+                f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {limited}\r\n"
+                'content-type: application/json\r\ncontent-length: 1000\r\n\r\n{"mod'.encode()
+            )
+            body = {"model": BASE, "prompt": "long", "stream": True, "max_tokens": 58_000}
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as answer:
+                lines = answer.iter_lines()
+                assert '"x"' in next(lines)
+                revoked = httpx.delete(f"{url}/v1/keys/{key_id}", headers=headers)
+                assert revoked.status_code == 200
+                child.kill()
+                with pytest.raises(httpx.HTTPError):
+                    list(lines)
+            with suppress(ConnectionError):
+                assert half_sent.recv(4096) == b""
+    # What was told is so, and the work behind has ended.
+    wait_until(lambda: behind.inference.cancelled == 1)
+    (tmp_path / "address").unlink()
+    _, other = behind.keys.make("default", tuple(Scope))
+    with process(tmp_path, **variables) as (_, url):
+        assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 401
+        assert httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {other}"}).status_code == 200
+
+
+async def test_row_138_what_nobody_settles_is_back_within_a_minute() -> None:
+    now = 0.0
+    limiter = LocalLimiter(lambda: now)
+    bucket = Bucket("k:tokens", "tokens", 60_000, 58_000.0)
+    assert (await limiter.take([bucket])).is_granted
+    assert not (await limiter.take([bucket])).is_granted
+    now = 60.0
+    assert (await limiter.take([bucket])).is_granted
