@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from services.common.config import ListenAddress, PeerSettings, RedisUrl, ServiceSettings, StoreSettings
+from services.common.config import (
+    ListenAddress,
+    PeerSettings,
+    RedisUrl,
+    ServiceSettings,
+    StoreSettings,
+    parse_address,
+)
 
 KEY_CACHE_LIMIT_SECONDS = 60.0
+
+
+def _checked_targets(text: str) -> str:
+    """Return a comma list of addresses without blanks; it may be empty."""
+    return ",".join(str(parse_address(target.strip())) for target in text.split(",") if target.strip())
 
 
 class GatewaySettings(StoreSettings, PeerSettings, ServiceSettings):
@@ -27,7 +39,12 @@ class GatewaySettings(StoreSettings, PeerSettings, ServiceSettings):
 
     registry_target: ListenAddress = "127.0.0.1:7101"
     trainer_target: ListenAddress = "127.0.0.1:7102"
-    inference_target: ListenAddress = "127.0.0.1:7103"
+
+    inference_target: Annotated[str, AfterValidator(_checked_targets)] = "127.0.0.1:7103"
+    """Inference replicas, `HOST:PORT` with commas between; may be empty where `inference_base` is set."""
+
+    inference_base: str | None = None
+    """Base whose replicas join by themselves as they tell of themselves in Redis; none do when absent."""
 
     key_pepper: Annotated[SecretStr, Field(min_length=16)]
     """Secret under which API keys are hashed; without it stored keys cannot be checked."""
@@ -43,3 +60,16 @@ class GatewaySettings(StoreSettings, PeerSettings, ServiceSettings):
 
     max_concurrent_uploads: int = Field(default=8, ge=1, le=1024)
     """Uploads that may be held on disk at the same time."""
+
+    @property
+    def inference_targets(self) -> tuple[str, ...]:
+        """`inference_target`, one by one."""
+        return tuple(dict.fromkeys(target for target in self.inference_target.split(",") if target))
+
+    @model_validator(mode="after")
+    def _inference_can_be_found(self) -> Self:
+        if self.inference_base is not None and self.redis_url is None:
+            raise ValueError("INFERENCE_BASE needs REDIS_URL, where replicas tell of themselves")
+        if self.inference_base is None and not self.inference_targets:
+            raise ValueError("set INFERENCE_TARGET, or INFERENCE_BASE and REDIS_URL")
+        return self

@@ -1,0 +1,1 @@
+"""Choosing the inference replica that answers a request."""
