@@ -149,6 +149,21 @@ class AsyncJobs:
             ).checkpoints
         )
 
+    async def publish_checkpoint(
+        self, job_id: str, checkpoint_id: str, *, adapter: str = ""
+    ) -> job_pb2.Checkpoint:
+        """Publish a checkpoint as a version of `adapter`, empty: the job's; return it with its model name.
+
+        The same checkpoint and adapter give the same version: a call that ran out of time may be made again.
+
+        Raises:
+            FailedPrecondition: `checkpoint_discarded`; the last two checkpoints of a job are kept.
+        """
+        request = trainer_service_pb2.PublishCheckpointRequest(
+            job_id=job_id, checkpoint_id=checkpoint_id, adapter=adapter
+        )
+        return await self._call(self._stub.PublishCheckpoint, request, job_pb2.Checkpoint)
+
     async def _file_id(self, file: str | Path) -> str:
         return str((await self.upload(file)).id) if isinstance(file, Path) else file
 

@@ -195,6 +195,10 @@ class Jobs:
         """Return a job's checkpoints, newest first."""
         return self._run(self._calls.checkpoints(job_id))
 
+    def publish_checkpoint(self, job_id: str, checkpoint_id: str, *, adapter: str = "") -> job_pb2.Checkpoint:
+        """Publish a checkpoint as a version of `adapter`, empty: the job's; return it with its model name."""
+        return self._run(self._calls.publish_checkpoint(job_id, checkpoint_id, adapter=adapter))
+
 
 class Inference:
     """As `AsyncInference`, blocking."""

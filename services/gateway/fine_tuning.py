@@ -19,6 +19,7 @@ from lorafleet.trainer.v1.trainer_service_pb2 import (
     ListEventsRequest,
     ListJobsRequest,
     PauseJobRequest,
+    PublishCheckpointRequest,
     ResumeJobRequest,
     WatchJobRequest,
 )
@@ -26,8 +27,8 @@ from services.common.errors import InvalidArgument
 from services.gateway.auth import requires
 from services.gateway.errors import from_upstream
 from services.gateway.job_object import checkpoint_object, event_object, job_object
-from services.gateway.job_request import FIELDS, JobRequest
-from services.gateway.json_body import json_body
+from services.gateway.job_request import FIELDS, JobRequest, Suffix
+from services.gateway.json_body import Body, json_body
 from services.gateway.keys import Scope
 from services.gateway.paging import all_items, page_after, page_size
 from services.gateway.sse import EventStream
@@ -40,6 +41,12 @@ MAX_LIMIT = 1000
 _METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
+
+
+class CheckpointPublication(Body):
+    """What a checkpoint becomes a version of; without `suffix` that is the job's adapter."""
+
+    suffix: Suffix | None = None
 
 
 @router.post("")
@@ -128,6 +135,22 @@ async def list_checkpoints(
     )
     page = await page_after(checkpoints, lambda checkpoint: checkpoint.id, after=after, limit=limit)
     return page.object(checkpoint_object)
+
+
+@router.post("/{job_id}/checkpoints/{checkpoint_id}/publish")
+async def publish_checkpoint(
+    request: Request,
+    job_id: str,
+    checkpoint_id: str,
+    body: Annotated[CheckpointPublication, Depends(json_body(CheckpointPublication))],
+) -> dict[str, Any]:
+    """Publish a checkpoint as a version of an adapter; the same again gives the same version."""
+    ask = PublishCheckpointRequest(job_id=job_id, checkpoint_id=checkpoint_id, adapter=body.suffix or "")
+    try:
+        checkpoint = await gateway_of(request).upstream.trainer.PublishCheckpoint(ask)
+    except grpc.RpcError as error:
+        raise in_http_terms(from_upstream(error), FIELDS) from error
+    return checkpoint_object(checkpoint)
 
 
 async def _event_objects(events: AsyncIterator[JobEvent]) -> AsyncGenerator[dict[str, Any]]:

@@ -31,6 +31,7 @@ FIELDS = {
 
 # Ranges are the trainer's to check; here a number must only fit the contract's types.
 Count = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 TaskMetricName = Literal[
     "exact_match",
     "accuracy",
@@ -131,7 +132,7 @@ class JobRequest(Body):
     validation_file: str | None = None
     hyperparameters: Hyperparameters | None = None
     method: Method | None = None
-    suffix: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    suffix: Suffix | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None
 

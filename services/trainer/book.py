@@ -11,7 +11,17 @@ from datetime import UTC, datetime
 from services.common.errors import Aborted, FailedPrecondition
 from services.common.failpoints import failpoint
 from services.trainer.index import JobIndex, JobView, Lane, StaleLeaseError, claim_text
-from services.trainer.job import Draft, Estimate, Facts, Job, JobRequest, JobState, Record, job_not_found
+from services.trainer.job import (
+    Draft,
+    Estimate,
+    Facts,
+    Job,
+    JobRequest,
+    JobState,
+    Publication,
+    Record,
+    job_not_found,
+)
 from services.trainer.journal import History, Journal
 from services.trainer.lease import Holder, Lease
 
@@ -106,6 +116,15 @@ class JobBook:
     async def records(self, job: Job, first: int, last: int) -> list[Record]:
         """Return records `first` to `last` of a job, so far as they exist."""
         return await self._index.records(job.id, first, last)
+
+    async def publications(self, job: Job) -> list[Publication]:
+        """Return what the job's checkpoints were published as, apart from its own version; oldest first."""
+        return sorted(await self._index.publications(job.id), key=lambda publication: publication.time)
+
+    async def add_publication(self, job: Job, publication: Publication) -> None:
+        """Add to what the job's checkpoints were published as; its worker, if any, is not disturbed."""
+        await asyncio.to_thread(self._journal.add_publication, job.id, publication)
+        await self._index.add_publication(job.id, publication)
 
     async def ask_cancel(self, tenant: str, job_id: str) -> JobView:
         """Have a job cancelled and return it: CANCELLED where nobody works on it, CANCELLING otherwise.

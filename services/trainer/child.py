@@ -43,7 +43,7 @@ class JobProcess:
             _MODULE,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=_PREFERENCES | os.environ | {PARENT_VARIABLE: str(os.getpid())},
+            env=child_environment(),
             limit=_LINE_LIMIT_BYTES,
             # A signal to our process group (Ctrl-C) is ours to pass on.
             start_new_session=True,
@@ -85,3 +85,8 @@ class JobProcess:
         # A child that has ended takes no more; its worker learns that from the end of its output.
         if not self._stdin.is_closing():
             self._stdin.write(encode_to_child(message))
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment of a child process that works with torch."""
+    return _PREFERENCES | os.environ | {PARENT_VARIABLE: str(os.getpid())}

@@ -184,8 +184,10 @@ def event_to_proto(job_id: str, record: Record) -> job_pb2.JobEvent:
     )
 
 
-def checkpoint_to_proto(job_id: str, checkpoint: Checkpoint) -> job_pb2.Checkpoint:
-    """Return a checkpoint."""
+def checkpoint_to_proto(
+    job_id: str, checkpoint: Checkpoint, *, fine_tuned_model: str = ""
+) -> job_pb2.Checkpoint:
+    """Return a checkpoint; `fine_tuned_model` is what it was published as, apart from the job's version."""
     return job_pb2.Checkpoint(
         id=checkpoint.id,
         job_id=job_id,
@@ -194,7 +196,7 @@ def checkpoint_to_proto(job_id: str, checkpoint: Checkpoint) -> job_pb2.Checkpoi
         train_loss=checkpoint.train_loss,
         valid_loss=checkpoint.valid_loss,
         valid_mean_token_accuracy=checkpoint.valid_mean_token_accuracy,
-        fine_tuned_model=checkpoint.fine_tuned_model,
+        fine_tuned_model=fine_tuned_model or checkpoint.fine_tuned_model,
     )
 
 

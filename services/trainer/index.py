@@ -8,6 +8,7 @@ Keys, all under `trainer:`; `<id>` is a job id:
 - `queue:<lane>`: sorted set of the ids that wait for or are in a lane, oldest first.
 - `cancels`: set of ids that are to be cancelled.
 - `pauses`: hash from ids to the number of records that the job had when it was to be paused.
+- `publications:<id>`: hash from `<checkpoint id>:<adapter>` to the publication as JSON.
 - `lease:<id>`, `token:<id>`: see `lease`.
 - `paces`: hash from bases to the tokens per second of the last job that trained alone on them.
 - `idempotency:<tenant>:<key>`: see `claim_text`.
@@ -25,8 +26,14 @@ from redis.asyncio import Redis
 
 from services.common.errors import Aborted
 from services.common.index_connection import index_errors
-from services.trainer.job import Job, JobState, Record
-from services.trainer.journal import History, decode_record, encode_record
+from services.trainer.job import Job, JobState, Publication, Record
+from services.trainer.journal import (
+    History,
+    decode_publication,
+    decode_record,
+    encode_publication,
+    encode_record,
+)
 from services.trainer.lease import Holder, Lease
 
 _JOB: TypeAdapter[Job] = TypeAdapter(Job)
@@ -168,6 +175,8 @@ class JobIndex:
                 await self._redis.sadd(_CANCELS, job.id)
             if history.pause_asked_at > job.paused_at and not job.state.is_final:
                 await self._redis.hset(_PAUSES, job.id, str(history.pause_asked_at))
+            for publication in history.publications:
+                await self._put_publication(job.id, publication)
             if request.idempotency_key:
                 claim = claim_text(request.request_digest, job.id, request.create_time)
                 await self._redis.set(_idempotency(request.tenant, request.idempotency_key), claim)
@@ -224,6 +233,17 @@ class JobIndex:
         """Note that a job, which has `sequence` records, is to be paused."""
         with index_errors():
             await self._redis.hset(_PAUSES, job_id, str(sequence))
+
+    async def add_publication(self, job_id: str, publication: Publication) -> None:
+        """Note that a checkpoint of a job was published."""
+        with index_errors():
+            await self._put_publication(job_id, publication)
+
+    async def publications(self, job_id: str) -> list[Publication]:
+        """Return the versions that a job's checkpoints were published as, in no order."""
+        with index_errors():
+            found = await self._redis.hvals(_publications(job_id))
+        return [decode_publication(_text(value)) for value in found]
 
     async def pause_asked_at(self, job_id: str) -> int:
         """Return how many records the job had when it was last to be paused; 0 where it never was."""
@@ -310,6 +330,10 @@ class JobIndex:
             )
         return bool(added)
 
+    async def _put_publication(self, job_id: str, publication: Publication) -> None:
+        name = f"{publication.checkpoint_id}:{publication.adapter}"
+        await self._redis.hset(_publications(job_id), name, encode_publication(publication))
+
     async def _drop_lease_of_the_dead(self, job_id: str) -> None:
         lease = await self._redis.get(_lease(job_id))
         if lease is not None and Holder.parse(_text(lease).partition("|")[2]).is_known_dead():
@@ -328,6 +352,10 @@ def _text(value: object) -> str:
 
 def _job(job_id: str) -> str:
     return f"trainer:job:{job_id}"
+
+
+def _publications(job_id: str) -> str:
+    return f"trainer:publications:{job_id}"
 
 
 def _records(job_id: str) -> str:

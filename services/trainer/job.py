@@ -182,6 +182,16 @@ class JobResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Publication:
+    """A checkpoint as a version of an adapter."""
+
+    checkpoint_id: str
+    adapter: str
+    fine_tuned_model: str
+    time: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class ParityReport:
     """How far two services are apart on the probes, in nats; see `trainer/v1/job.proto`."""
 
@@ -295,6 +305,18 @@ class Job:
     def id(self) -> str:
         """The job's id."""
         return self.request.id
+
+    def checkpoint(self, checkpoint_id: str) -> Checkpoint:
+        """Return one of the job's checkpoints; raise `NotFound` (`checkpoint_not_found`) for others."""
+        for checkpoint in self.checkpoints:
+            if checkpoint.id == checkpoint_id:
+                return checkpoint
+        raise NotFound(
+            "checkpoint_not_found",
+            f"job {self.id} has no such checkpoint",
+            field="checkpoint_id",
+            value=checkpoint_id,
+        )
 
     @property
     def is_resumable(self) -> bool:

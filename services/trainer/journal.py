@@ -6,7 +6,8 @@ Layout, under `trainer/jobs/<job id>/`:
 - `records/<sequence>-<token>.jsonl`: one or more records, in order; the key names the first one.
 - `cancels/<id>.json`: somebody asked for the job to be cancelled.
 - `pauses/<sequence>-<id>.json`: somebody asked for it to be paused when it had that many records.
-- `checkpoints/<checkpoint id>/`: see `training.checkpoint`.
+- `checkpoints/<checkpoint id>/`: see `checkpoint_store`.
+- `publications/<id>.json`: a checkpoint was published; whoever did so need not hold the lease.
 
 Records are written by the holder of the job's lease alone. Should two ever write the same sequence number,
 the one with the higher fencing token counts.
@@ -21,11 +22,12 @@ from pydantic import TypeAdapter
 
 from services.common.ids import new_id
 from services.common.store import ObjectNotFoundError, ObjectStore
-from services.trainer.job import Job, JobRequest, Record, fold
+from services.trainer.job import Job, JobRequest, Publication, Record, fold
 
 _ROOT = "trainer/jobs/"
 _REQUEST: TypeAdapter[JobRequest] = TypeAdapter(JobRequest)
 _RECORD: TypeAdapter[Record] = TypeAdapter(Record)
+_PUBLICATION: TypeAdapter[Publication] = TypeAdapter(Publication)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class History:
     records: tuple[Record, ...]
     cancel_asked: bool
     pause_asked_at: int = 0
+    publications: tuple[Publication, ...] = ()
 
     @property
     def job(self) -> Job:
@@ -67,6 +70,11 @@ class Journal:
         """Store that the job, which has `sequence` records, is to be paused."""
         self._store.put(_key(job_id, f"pauses/{sequence:08d}-{new_id('pause')}.json"), b"{}")
 
+    def add_publication(self, job_id: str, publication: Publication) -> None:
+        """Store that a checkpoint of the job was published."""
+        key = _key(job_id, f"publications/{new_id('publication')}.json")
+        self._store.put(key, encode_publication(publication))
+
     def load(self, job_id: str) -> History | None:
         """Return all that is stored about a job, or None where there is no such job."""
         try:
@@ -77,11 +85,21 @@ class Journal:
         for item in self._store.list(_key(job_id, "records/")):
             stored += [_RECORD.validate_json(line) for line in self._store.get(item.key).splitlines()]
         cancel_asked = any(True for _ in self._store.list(_key(job_id, "cancels/")))
-        return History(request, tuple(_in_order(stored)), cancel_asked, self._pause_asked_at(job_id))
+        return History(
+            request,
+            tuple(_in_order(stored)),
+            cancel_asked,
+            self._pause_asked_at(job_id),
+            self._publications(job_id),
+        )
 
     def _pause_asked_at(self, job_id: str) -> int:
         keys = [item.key for item in self._store.list(_key(job_id, "pauses/"))]
         return int(max(keys).rpartition("/")[2].partition("-")[0]) if keys else 0
+
+    def _publications(self, job_id: str) -> tuple[Publication, ...]:
+        items = self._store.list(_key(job_id, "publications/"))
+        return tuple(decode_publication(self._store.get(item.key)) for item in items)
 
     def job_ids(self) -> Iterator[str]:
         """Yield the ids of all jobs, oldest first."""
@@ -109,6 +127,16 @@ def encode_record(record: Record) -> bytes:
 def decode_record(line: bytes | str) -> Record:
     """Return the record in what `encode_record` made."""
     return _RECORD.validate_json(line)
+
+
+def encode_publication(publication: Publication) -> bytes:
+    """Return the publication as JSON."""
+    return _PUBLICATION.dump_json(publication)
+
+
+def decode_publication(data: bytes | str) -> Publication:
+    """Return the publication in what `encode_publication` made."""
+    return _PUBLICATION.validate_json(data)
 
 
 def _in_order(stored: list[Record]) -> Iterator[Record]:

@@ -11,10 +11,11 @@ from services.common.failpoints import failpoint
 from services.common.prompts import PromptEncoder
 from services.trainer.bases import TrainableBase
 from services.trainer.config import TrainerSettings
+from services.trainer.figures import metrics_csv
 from services.trainer.job import Draft, Facts, Job, JobResult, JobState, Level, ParityReport
 from services.trainer.parity import TOLERANCE_NATS, ParityGate, parity_failed
 from services.trainer.preparation import PreparedData, prepare
-from services.trainer.publishing import job_result, metrics_csv, model_card
+from services.trainer.publishing import job_result, model_card
 from services.trainer.registry_client import RegistryClient
 from services.trainer.reporter import RunReporter
 from services.trainer.tokens import stop_token_id
@@ -218,4 +219,4 @@ class Pipeline:
         text = "The job has successfully completed"
         self._reporter.record(Draft(text, state=JobState.SUCCEEDED, facts=Facts(result=result)))
         failpoint("report.after_record")
-        self._reporter.discard_checkpoints()
+        self._reporter.thin_checkpoints()

@@ -1,28 +1,16 @@
-"""The card of a finished job's version, and the files that go with the job."""
+"""The cards of the versions that a job and its checkpoints make, and the names of those versions."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 
 from lorafleet.registry.v1 import adapter_pb2
 from services.common.prompts import PromptEncoder
-from services.trainer.job import EvaluationMetric, Job, JobResult
-from services.trainer.training.checkpoint import StepFigures
+from services.trainer.figures import CHECKPOINT_VALIDATION_ROWS
+from services.trainer.job import Checkpoint, EvaluationMetric, Job, JobResult
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "lorafleet")
-_COLUMNS = (
-    "step",
-    "epoch",
-    "train_loss",
-    "learning_rate",
-    "gradient_norm",
-    "tokens",
-    "valid_loss",
-    "valid_mean_token_accuracy",
-)
 
 
 def model_card(job: Job, encoder: PromptEncoder) -> adapter_pb2.ModelCard:
@@ -55,8 +43,33 @@ def model_card(job: Job, encoder: PromptEncoder) -> adapter_pb2.ModelCard:
     )
 
 
+def checkpoint_card(
+    job: Job, checkpoint: Checkpoint, encoder: PromptEncoder, *, conversion_error: float
+) -> adapter_pb2.ModelCard:
+    """Return the card of a checkpoint's version: the job's, with what was measured at that step alone."""
+    then = replace(
+        job,
+        trained_tokens=checkpoint.trained_tokens,
+        evaluation=None,
+        parity=None,
+        collapsed=None,
+        conversion_error=conversion_error,
+    )
+    card = model_card(then, encoder)
+    card.description = f"Checkpoint {checkpoint.id} at step {checkpoint.step} of job {job.id}."
+    assert job.dataset is not None, "a job that trained was validated"
+    rows = min(job.dataset.validation_rows, CHECKPOINT_VALIDATION_ROWS)
+    measured = {"loss": checkpoint.valid_loss, "token_accuracy": checkpoint.valid_mean_token_accuracy}
+    card.metrics.extend(
+        adapter_pb2.Metric(name=name, subject="adapter", value=value, rows=rows, split="validation")
+        for name, value in measured.items()
+        if value is not None
+    )
+    return card
+
+
 def job_result(job: Job, published: adapter_pb2.AdapterVersion) -> JobResult:
-    """Return what the job made, for its record."""
+    """Return what was made of the job, or of one of its checkpoints."""
     request = job.request
     number = published.version
     return JobResult(
@@ -65,26 +78,6 @@ def job_result(job: Job, published: adapter_pb2.AdapterVersion) -> JobResult:
         digest=published.digest,
         fine_tuned_model=f"ft:{request.base_model}:{request.tenant}:{published.adapter}:v{number}",
     )
-
-
-def metrics_csv(figures: Sequence[StepFigures]) -> bytes:
-    """Return the figures of every step as CSV, with empty cells where nothing was measured."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    for row in figures:
-        cells = (
-            row.step,
-            row.epoch,
-            row.loss,
-            row.learning_rate,
-            row.gradient_norm,
-            row.tokens,
-            row.valid_loss,
-            row.valid_accuracy,
-        )
-        writer.writerow("" if cell is None else f"{cell:.8g}" for cell in cells)
-    return text.getvalue().encode("ascii")
 
 
 def _metrics(figure: EvaluationMetric) -> list[adapter_pb2.Metric]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from services.common.failpoints import failpoint
 from services.common.ids import new_id
 from services.common.store import ObjectStore
+from services.trainer.checkpoint_store import CheckpointStore
 from services.trainer.config import TrainerSettings
 from services.trainer.job import CHECKPOINT_PREFIX, Checkpoint, Draft, Facts, Job, Level, Progress
 from services.trainer.journal import checkpoint_prefix
 from services.trainer.link import JobLine, Order, Outcome
 from services.trainer.patience import Patience
-from services.trainer.training.checkpoint import CheckpointStore
 from services.trainer.training.loop import TrainingRun
 
 KEPT_CHECKPOINTS = 2
@@ -124,9 +124,9 @@ class RunReporter:
         run.resume(folder)
         self.send(Draft(f"Going on from step {run.state.step}", data={"step": float(run.state.step)}))
 
-    def discard_checkpoints(self) -> None:
-        """Remove the last checkpoints: the version is what is left of the job."""
-        self._checkpoints.discard([old.id for old in self.job.checkpoints[-KEPT_CHECKPOINTS:]])
+    def thin_checkpoints(self) -> None:
+        """Keep the weights alone of the last checkpoints: they may be published, and nothing resumes."""
+        self._checkpoints.keep_weights([old.id for old in self.job.checkpoints[-KEPT_CHECKPOINTS:]])
 
     def send(self, draft: Draft) -> None:
         """Have a draft recorded some time."""

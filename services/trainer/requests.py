@@ -48,6 +48,7 @@ class RequestChecker:
         """
         base = self._bases.find(request.base_model)
         spec = self._spec(request.spec, base)
+        _check_patience(spec, request.validation_file)
         job_id = new_id(JOB_PREFIX)
         adapter = adapter_name(request.adapter) if request.adapter else job_id
         _check_seed(request)
@@ -77,6 +78,7 @@ class RequestChecker:
         """Return base and specification for a check of files; raises as `job_request`."""
         base = self._bases.find(request.base_model)
         spec = self._spec(request.spec, base)
+        _check_patience(spec, request.validation_file)
         await self._check_files(request.training_file, request.validation_file)
         return base, spec
 
@@ -109,6 +111,16 @@ class RequestChecker:
                 limit=self._settings.max_dataset_bytes,
                 final=True,
             )
+
+
+def _check_patience(spec: TrainingSpec, validation_file: str) -> None:
+    if spec.early_stopping_patience and not validation_file and not spec.validation_fraction:
+        raise InvalidArgument(
+            "bad_hyperparameter",
+            "early_stopping_patience needs held-out rows; give a validation_file or validation_fraction",
+            field="spec.early_stopping_patience",
+            value=spec.early_stopping_patience,
+        )
 
 
 def _check_seed(request: trainer_service_pb2.CreateJobRequest) -> None:

@@ -6,10 +6,8 @@ It reads the jobs from standard input, reports over standard output (see `link`)
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -19,18 +17,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from services.common import logs
 from services.common.config import load
-from services.trainer.child import PARENT_VARIABLE
 from services.trainer.config import TrainerSettings
 from services.trainer.group import JobGroup, TogetherOutOfMemoryError
 from services.trainer.link import WorkerGoneError, WorkerLink
+from services.trainer.parent import die_with_parent
 
 _logger = logging.getLogger("lorafleet.trainer.job")
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
     """Run the jobs on standard input; 0 where their outcomes were told, however they ended."""
-    _die_with_worker()
+    die_with_parent()
     settings = load(TrainerSettings)
     logs.configure("trainer-job", settings.log_level)
     os.nice(settings.niceness)
@@ -48,13 +45,6 @@ def main() -> int:
         except WorkerGoneError:
             return 1
     return 0
-
-
-def _die_with_worker() -> None:
-    """Have the kernel kill this process when its worker ends; end at once if that has happened already."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    if os.getppid() != int(os.environ[PARENT_VARIABLE]):
-        sys.exit(1)
 
 
 if __name__ == "__main__":

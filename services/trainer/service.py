@@ -11,6 +11,7 @@ from services.common.index_connection import open_index, ping
 from services.common.server import ServiceHost
 from services.trainer.bases import BaseCatalog, TrainableBase
 from services.trainer.book import JobBook
+from services.trainer.checkpoint_publisher import CheckpointPublisher
 from services.trainer.config import TrainerSettings
 from services.trainer.estimator import Estimator
 from services.trainer.index import JobIndex
@@ -48,10 +49,9 @@ class TrainerService:
         self._validator = Validator(self._book, check, self._bases, estimator, in_work)
         measures = JobMeasures()
         self._workers = [Worker(self._book, settings, in_work, measures) for _ in range(settings.concurrency)]
-        # Calls that are not offered answer UNIMPLEMENTED by the stub's own methods.
-        self._servicer = TrainerServicer(  # type: ignore[abstract]
-            self._book, RequestChecker(self._bases, self._registry, settings), check, estimator
-        )
+        self._publisher = CheckpointPublisher(self._book, self._store, self._registry, self._bases, settings)
+        checker = RequestChecker(self._bases, self._registry, settings)
+        self._servicer = TrainerServicer(self._book, checker, check, estimator, self._publisher)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def register(self, host: ServiceHost) -> None:
@@ -92,7 +92,7 @@ class TrainerService:
         self._validator.stop()
         for worker in self._workers:
             worker.stop()
-        await asyncio.gather(*self._tasks)
+        await asyncio.gather(*self._tasks, self._publisher.stop())
 
     async def _close(self) -> None:
         await self._registry.close()

@@ -12,7 +12,9 @@ from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
 from lorafleet.trainer.v1.trainer_service_pb2_grpc import TrainerServiceServicer
 from services.common.call_context import current_tenant
 from services.common.errors import NotFound
+from services.common.names import adapter_name
 from services.trainer.book import JobBook
+from services.trainer.checkpoint_publisher import CheckpointPublisher
 from services.trainer.conversion import (
     STATES,
     checkpoint_to_proto,
@@ -41,12 +43,18 @@ class TrainerServicer(TrainerServiceServicer):
     """Jobs of the calling tenant."""
 
     def __init__(
-        self, book: JobBook, checker: RequestChecker, check: DataCheck, estimator: Estimator
+        self,
+        book: JobBook,
+        checker: RequestChecker,
+        check: DataCheck,
+        estimator: Estimator,
+        publisher: CheckpointPublisher,
     ) -> None:
         self._book = book
         self._checker = checker
         self._check = check
         self._estimator = estimator
+        self._publisher = publisher
 
     async def CreateJob(  # noqa: N802
         self, request: trainer_service_pb2.CreateJobRequest, context: Context
@@ -144,10 +152,25 @@ class TrainerServicer(TrainerServiceServicer):
         skipped = len(newest) - start if start else 0
         page = newest[skipped : skipped + size]
         rest = len(newest) - skipped - len(page)
+        published = {each.checkpoint_id: each.fine_tuned_model for each in await self._book.publications(job)}
         return trainer_service_pb2.ListCheckpointsResponse(
-            checkpoints=[checkpoint_to_proto(job.id, checkpoint) for checkpoint in page],
+            checkpoints=[
+                checkpoint_to_proto(
+                    job.id, each, fine_tuned_model=each.fine_tuned_model or published.get(each.id, "")
+                )
+                for each in page
+            ],
             next_page_token=encode_token(_CHECKPOINTS, str(rest)) if rest else "",
         )
+
+    async def PublishCheckpoint(  # noqa: N802
+        self, request: trainer_service_pb2.PublishCheckpointRequest, context: Context
+    ) -> job_pb2.Checkpoint:
+        job = (await self._find(request.job_id)).job
+        checkpoint = job.checkpoint(request.checkpoint_id)
+        adapter = adapter_name(request.adapter) if request.adapter else job.request.adapter
+        model = await self._publisher.publish(job, checkpoint, adapter)
+        return checkpoint_to_proto(job.id, checkpoint, fine_tuned_model=model)
 
     async def ValidateDataset(  # noqa: N802
         self, request: trainer_service_pb2.ValidateDatasetRequest, context: Context

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from lorafleet.inference.v1.inference_service_pb2 import ResidentAdapter, Tier
-from lorafleet.trainer.v1.job_pb2 import Progress
+from lorafleet.trainer.v1.job_pb2 import Checkpoint, Progress
 from tests.support.fake_services import BASE, BASE_CREATED
 from tests.support.gateway import GatewayUnderTest, running_gateway, sse_objects, wait_until
 
@@ -291,6 +291,26 @@ def test_cancelling_and_what_the_trainer_does_not_offer(http: httpx.Client) -> N
         "job_not_found",
     )
     assert http.get(f"/v1/fine_tuning/jobs/{made['id']}/checkpoints").json()["data"] == []
+
+
+def test_checkpoint_is_published_under_a_suffix(gateway: GatewayUnderTest, http: httpx.Client) -> None:
+    made = new_job(http, suffix="support")
+    gateway.trainer.checkpoints[made["id"]].append(Checkpoint(id="ftckpt-1", job_id=made["id"], step=4))
+    path = f"/v1/fine_tuning/jobs/{made['id']}/checkpoints"
+    assert http.get(path).json()["data"][0]["fine_tuned_model_checkpoint"] == ""
+    published = http.post(f"{path}/ftckpt-1/publish", json={"suffix": "early"}).json()
+    assert (published["object"], published["step_number"]) == ("fine_tuning.job.checkpoint", 4)
+    assert published["fine_tuned_model_checkpoint"] == f"ft:{BASE}:default:early:v1"
+    assert http.get(path).json()["data"] == [published]
+    own = http.post(f"{path}/ftckpt-1/publish", json={}).json()
+    assert own["fine_tuned_model_checkpoint"] == f"ft:{BASE}:default:support:v1"
+    for body, checkpoint, expected in (
+        ({"suffix": "Not a name"}, "ftckpt-1", (400, "bad_name", "suffix")),
+        ({"suffix": ""}, "ftckpt-1", (400, "invalid_value", "suffix")),
+        ({"adapter": "a"}, "ftckpt-1", (400, "unsupported_parameter", "adapter")),
+        ({}, "ftckpt-2", (404, "checkpoint_not_found", "checkpoint_id")),
+    ):
+        assert error_of(http.post(f"{path}/{checkpoint}/publish", json=body)) == expected
 
 
 def test_tenants_see_their_own(gateway: GatewayUnderTest, http: httpx.Client) -> None:

@@ -37,7 +37,7 @@ from services.common.errors import (
     ResourceExhausted,
 )
 from services.common.ids import new_id
-from services.common.names import AdapterRef
+from services.common.names import AdapterRef, adapter_name
 
 BASE = "tiny-base"
 FINGERPRINT = "sha256:" + "b" * 64
@@ -517,6 +517,17 @@ class FakeTrainer(TrainerServiceServicer):
         self, request: trn.ListCheckpointsRequest, context: Context
     ) -> trn.ListCheckpointsResponse:
         return trn.ListCheckpointsResponse(checkpoints=self.checkpoints[self._job(request.job_id).id][::-1])
+
+    async def PublishCheckpoint(
+        self, request: trn.PublishCheckpointRequest, context: Context
+    ) -> job.Checkpoint:
+        made = self._job(request.job_id)
+        adapter = adapter_name(request.adapter or made.adapter)
+        for checkpoint in self.checkpoints[made.id]:
+            if checkpoint.id == request.checkpoint_id:
+                checkpoint.fine_tuned_model = f"ft:{BASE}:{current_tenant()}:{adapter}:v1"
+                return checkpoint
+        raise NotFound("checkpoint_not_found", "no such checkpoint", field="checkpoint_id")
 
     def _job(self, job_id: str) -> job.Job:
         if self.tenants.get(job_id) != current_tenant():

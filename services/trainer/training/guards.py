@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from services.common.errors import FailedPrecondition
+from services.trainer.figures import StepFigures
 from services.trainer.spec import TrainingSpec
-from services.trainer.training.checkpoint import RunState, StepFigures
+from services.trainer.training.checkpoint import RunState
 
 BAD_STEPS_LIMIT = 3
 # Mean losses over this many steps are compared.

@@ -14,11 +14,12 @@ from typing import Protocol
 
 import torch
 
+from services.trainer.figures import CHECKPOINT_VALIDATION_ROWS, StepFigures
 from services.trainer.job import Progress
 from services.trainer.spec import TrainingSpec
 from services.trainer.tokens import TokenRow
 from services.trainer.training.batches import BatchPlan, Bin, FlatBatch
-from services.trainer.training.checkpoint import RunState, StepFigures, load_weights, read_run, write_run
+from services.trainer.training.checkpoint import RunState, load_weights, read_run, write_run
 from services.trainer.training.guards import check_finite, check_growth, improves, spent_budget
 from services.trainer.training.model import AdapterModel
 from services.trainer.training.optimizers import new_optimizer, set_rate
@@ -26,8 +27,6 @@ from services.trainer.training.schedule import learning_rate
 from services.trainer.training.validation import measure
 
 RATE_WINDOW_STEPS = 10
-# Held-out rows whose loss is measured at each checkpoint.
-CHECKPOINT_VALIDATION_ROWS = 32
 
 
 class RunObserver(Protocol):

@@ -10,12 +10,13 @@ import torch
 
 from services.common.errors import FailedPrecondition
 from services.common.prompts import PromptEncoder
+from services.trainer.checkpoint_store import BEST
 from services.trainer.dataset import PromptRow
+from services.trainer.figures import StepFigures
 from services.trainer.spec import Schedule
 from services.trainer.tokens import TokenRow
 from services.trainer.training import together
 from services.trainer.training.base import BaseFolder, SharedBase
-from services.trainer.training.checkpoint import BEST, StepFigures
 from services.trainer.training.collapse import is_collapsed
 from services.trainer.training.evaluate import evaluate
 from services.trainer.training.guards import check_growth

@@ -19,6 +19,7 @@ from services.trainer.job import (
     Facts,
     JobState,
     Level,
+    Publication,
     event_id,
     event_sequence,
 )
@@ -60,6 +61,29 @@ async def test_history_is_the_same_after_the_index_is_lost(redis_url: str, folde
         assert await everything(fresh) == before
         assert [await fresh.records(view.job, 1, 100) for view in before] == records
         assert (await fresh.create(request(key="k4"), message="again")).id == before[0].job.id
+
+
+async def test_publication_beside_a_worker_outlives_what_it_records_and_the_index(
+    redis_url: str, folder: Path
+) -> None:
+    async with open_desk(redis_url, folder) as desk:
+        working, asked = desk.book(ELSEWHERE), desk.book()
+        job = await working.create(request(), message="created")
+        claim = await claimed(working, job.id)
+        await working.append(claim, [QUEUED, RUNNING])
+        made = [
+            Publication("ftckpt-1", name, f"ft:tiny:acme:{name}:v1", datetime(2026, 1, day, tzinfo=UTC))
+            for name, day in (("b", 1), ("a", 2))
+        ]
+        for publication in made:
+            await asked.add_publication(job, publication)
+        await working.append(claim, [Draft("remark")])
+        assert await asked.publications(job) == made
+        await desk.redis.flushall()
+        fresh = desk.book()
+        view = await fresh.get("acme", job.id)
+        assert view.job.last_sequence == 4
+        assert await fresh.publications(view.job) == made
 
 
 async def test_only_the_tenant_sees_a_job(redis_url: str, folder: Path) -> None:

@@ -14,12 +14,12 @@ from services.common.base_loading import load_base_model
 from services.common.errors import DataLoss, FailedPrecondition
 from services.common.fingerprint import ComputeDtype, Quantization
 from services.common.store import DirectoryStore
+from services.trainer.checkpoint_store import MANIFEST, STATE, WEIGHTS, CheckpointStore
 from services.trainer.spec import Schedule
 from services.trainer.tokens import TokenRow
 from services.trainer.training import together
 from services.trainer.training.base import BaseFolder, SharedBase
 from services.trainer.training.batches import flatten
-from services.trainer.training.checkpoint import MANIFEST, STATE, WEIGHTS, CheckpointStore
 from services.trainer.training.loss import token_losses
 from services.trainer.training.together import train_alone
 from services.trainer.training.validation import measure
