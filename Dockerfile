@@ -6,25 +6,32 @@
 # The service is the command: docker run lorafleet:light services.registry
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
-FROM ${PYTHON_IMAGE} AS light-build
+# The pins alone first, so that a change of the code does not download them again.
+FROM ${PYTHON_IMAGE} AS light-pins
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/lorafleet
 ENV PATH=/opt/lorafleet/bin:$PATH
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
-# The pins alone first, so that a change of the code does not download them again.
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /tmp/pins \
     && pip install --requirement /tmp/pins
-COPY lorafleet lorafleet
-COPY services services
-RUN pip install --no-deps .
 
-FROM light-build AS full-build
+FROM light-pins AS full-pins
 # Where torch comes from; empty for the usual index. PyTorch's own index of CPU builds makes a far smaller image.
 ARG TORCH_INDEX_URL=
 RUN python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*[pin for pin in extras['inference'] + extras['trainer'] if not pin.startswith('lorafleet')], sep='\n')" > /tmp/pins \
     && pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' /tmp/pins)" \
     && pip install --requirement /tmp/pins
+
+FROM light-pins AS light-build
+COPY lorafleet lorafleet
+COPY services services
+RUN pip install --no-deps .
+
+FROM full-pins AS full-build
+COPY lorafleet lorafleet
+COPY services services
+RUN pip install --no-deps .
 
 FROM ${PYTHON_IMAGE} AS runtime
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin lorafleet \
