@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from lorafleet.api import ApiError
+from lorafleet.api import ApiError, Json
 from lorafleet.experiment.executor import Executor, RunState
 from lorafleet.experiment.ledger import Ledger
 from lorafleet.experiment.plan import Cell
@@ -19,6 +19,7 @@ _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 300.0
 # Refusals that have nothing to do with the run.
 _EVERY_RUN = frozenset({"invalid_api_key", "permission_denied"})
+_REFUSED = "refused"
 
 ResultT = TypeVar("ResultT")
 
@@ -49,7 +50,7 @@ def run_experiment(
         ApiError: the fleet refused something other than a run, or did not answer for minutes.
     """
     patience = _Patience(pause)
-    waiting = [cell for cell in cells if ledger.outcome(cell.digest) is None]
+    waiting = [cell for cell in cells if not _is_done(ledger.outcome(cell.digest))]
     under_way: list[Cell] = []
     while waiting or under_way:
         while waiting and len(under_way) < runs_at_once:
@@ -68,6 +69,11 @@ def run_experiment(
     return [line_of(cell, ledger.outcome(cell.digest) or {}) for cell in cells]
 
 
+def _is_done(outcome: Json | None) -> bool:
+    """Whether a run needs nothing more. One that was refused is tried again: what it lacked may be there."""
+    return outcome is not None and outcome["status"] != _REFUSED
+
+
 def _submit(cell: Cell, executor: Executor, ledger: Ledger) -> bool:
     """Hand a run to the executor, unless an earlier attempt did; False where it is refused, which ends it."""
     if ledger.run_id(cell.digest) is not None:
@@ -82,7 +88,7 @@ def _submit(cell: Cell, executor: Executor, ledger: Ledger) -> bool:
     except ApiError as error:
         if error.is_passing or error.code in _EVERY_RUN:
             raise
-        ledger.ended(cell.digest, {"status": "refused", "error": {"code": error.code, "message": str(error)}})
+        ledger.ended(cell.digest, {"status": _REFUSED, "error": {"code": error.code, "message": str(error)}})
         return False
     ledger.submitted(cell.digest, run_id)
     return True
