@@ -253,6 +253,7 @@ def settings_for(base: Path, cache: Path, registry_address: str, **changes: Any)
 @asynccontextmanager
 async def running_inference(settings: InferenceSettings) -> AsyncIterator[tuple[ServiceHost, str]]:
     """Run an inference service in this process; yield it as soon as it listens."""
+    others = set(threading.enumerate())
     host = ServiceHost(settings, [SERVICE])
     service = InferenceService(settings)
     await service.register(host)
@@ -261,7 +262,7 @@ async def running_inference(settings: InferenceSettings) -> AsyncIterator[tuple[
         yield host, str(address)
     finally:
         await host.stop(grace_seconds=0)
-        left = [thread.name for thread in threading.enumerate() if thread.name == "engine"]
+        left = [thread for thread in set(threading.enumerate()) - others if thread.name == "engine"]
         assert not left, "the engine's thread outlives its service"
 
 
