@@ -132,6 +132,8 @@ def check_rendered(parts: list[dict[str, Any]]) -> None:
         assert deployment["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
         (container,) = pod["spec"]["containers"]
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        # Kubernetes would set variables of our prefix, which the services refuse.
+        assert pod["spec"]["enableServiceLinks"] is False
         assert container["securityContext"]["readOnlyRootFilesystem"] is True
         assert {"readinessProbe", "livenessProbe", "startupProbe"} <= set(container)
         assert {mount["name"] for mount in container["volumeMounts"]} == {

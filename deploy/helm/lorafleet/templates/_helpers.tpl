@@ -22,6 +22,8 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 
 {{- define "lorafleet.podSecurity" -}}
 automountServiceAccountToken: false
+# Of a release called lorafleet they would bear our prefix, and services refuse variables that they do not know.
+enableServiceLinks: false
 securityContext:
   runAsNonRoot: true
   runAsUser: 10001
