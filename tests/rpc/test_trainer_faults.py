@@ -27,6 +27,8 @@ from tests.support.trainer import (
 DATA = prompt_rows(64)
 # 16 steps an epoch.
 SPEC = spec(n_epochs=7, batch_size=4, validation_fraction=0.0, checkpoint_steps=10, dropout=0.1)
+# Two jobs of it never share a process, however soon one comes after the other.
+ALONE = spec(n_epochs=7, batch_size=4, validation_fraction=0.0, checkpoint_steps=10, dropout=0.1, joint=False)
 TOTAL_STEPS = 112
 
 
@@ -103,8 +105,8 @@ async def test_row_58_killed_child_is_replaced_and_goes_on(place: TrainerPlace) 
 async def test_row_58_killed_trainer_takes_its_job_up_again(place: TrainerPlace) -> None:
     async with registry_host(place) as registry:
         async with running_trainer(place, registry) as trainer:
-            job = await trainer.create(DATA, SPEC, adapter="survivor")
-            waiting = await trainer.create(DATA, SPEC, adapter="waiting")
+            job = await trainer.create(DATA, ALONE, adapter="survivor")
+            waiting = await trainer.create(DATA, ALONE, adapter="waiting")
             await past_step(trainer, job.id, 25)
             (child,) = trainer.children()
             trainer.kill()

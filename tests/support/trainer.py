@@ -88,7 +88,7 @@ class Trainer:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
 
-    async def until(self, job_id: str, *states: int, seconds: float = 60) -> job_pb2.Job:
+    async def until(self, job_id: str, *states: int, seconds: float = 100) -> job_pb2.Job:
         """The job once it is in one of the states."""
         async with asyncio.timeout(seconds):
             while True:
