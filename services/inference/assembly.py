@@ -126,7 +126,7 @@ def _run_once(base: BaseModel, kv: PagedKv) -> None:
     )
     Runner(base).run(batch)
     layers = batch.attention.layers
-    if layers != set(range(kv.shape.layers)):
+    if set(layers) != set(range(kv.shape.layers)):
         name = type(base.model).__name__
         raise Unimplemented(
             "attention_feature_unsupported",

@@ -93,7 +93,7 @@ class AttentionStep:
     """What one step's attention needs: the pages, where new tokens go, and who looks at what.
 
     With a `kernel` it attends for the decoding sequences wherever it can. `layers` collects the layers that
-    have attended.
+    have attended, each with its window.
     """
 
     kv: PagedKv
@@ -101,7 +101,7 @@ class AttentionStep:
     decodes: Sequence[DecodeGroup]
     prefills: Sequence[PrefillSpan]
     kernel: KernelAttention | None = None
-    layers: set[int] = field(default_factory=set)
+    layers: dict[int, int | None] = field(default_factory=dict)
 
 
 def paged_attention(
@@ -139,7 +139,7 @@ def paged_attention(
     _refuse_shapes(step.kv, key, value)
     layer = module.layer_idx
     assert isinstance(layer, int)
-    step.layers.add(layer)
+    step.layers[layer] = sliding_window
     changes = ScoreChanges(softcap, s_aux)
     queries, keys, values = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     step.kv.write(layer, step.slots, keys, values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,11 +66,15 @@ class FusedDecoderLayer:
             DecodingRows(group.rows, group.tables, group.lengths, group.max_length) for group in step.decodes
         ]
         self._kernel.begin(step, self._parts, groups, step.slots, rotation, kv.shape.block_size)
-        step.layers.add(self._index)
+        step.layers[self._index] = self._parts.window
         return self._kernel.layer(self._record, hidden_states, (kv.keys[self._index], kv.values[self._index]))
 
     def agrees(self, kv: PagedKv) -> bool:
-        """Whether the kernel computes what the layer's own code does, on random inputs."""
+        """Whether the kernel computes what the layer's own code does, on random inputs.
+
+        The layer's own code also tells its window here: models hand it to their attention by the call, and
+        it may be far longer than any sequence that is tried.
+        """
         generator = torch.Generator().manual_seed(self._index)
         parts = self._parts
         x = torch.randn(1, len(_CHECK_LENGTHS), parts.qkv.in_features, generator=generator)
@@ -88,6 +93,8 @@ class FusedDecoderLayer:
                 "layer %d does not take what a decoder layer of the Llama kind does: %s", self._index, error
             )
             return False
+        self._parts = replace(parts, window=step.layers.get(self._index))
+        self._record = self._parts.record()
         got = self.decode(x, rotation, step)
         return isinstance(expected, Tensor) and torch.allclose(
             got, expected, rtol=_TOLERANCE, atol=_TOLERANCE
@@ -160,7 +167,7 @@ def take_apart(layer: nn.Module) -> DecoderParts | None:
         queries // head_dim,
         keys // head_dim,
         head_dim,
-        getattr(attention, "sliding_window", None),
+        None,
         scaling,
     )
 
