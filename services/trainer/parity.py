@@ -116,7 +116,8 @@ class ParityGate:
                 adapter=name,
                 base_fingerprint_digest=base_fingerprint_digest,
                 card=adapter_pb2.ModelCard(description="candidate of a job, before its parity gate"),
-                idempotency_key=name,
+                # None: a later attempt would be given the version that this one takes away again.
+                idempotency_key="",
             )
             try:
                 ref = f"{name}:{candidate.version}"

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from lorafleet.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from lorafleet.registry.v1 import adapter_pb2
 from lorafleet.trainer.v1 import job_pb2
+from services.common.channels import open_channel
 from services.common.errors import NotFound
-from services.trainer.parity import CANDIDATE_TENANT, Probe, compare
-from tests.support.inference import running_inference, settings_for
-from tests.support.models import make_tiny_llama
+from services.trainer.parity import CANDIDATE_TENANT, ParityGate, Probe, compare
+from services.trainer.registry_client import RegistryClient
+from tests.support.inference import InferenceClient, running_inference, settings_for, until_served
+from tests.support.models import make_peft_adapter, make_tiny_llama
 from tests.support.trainer import (
     BASE,
     Trainer,
@@ -112,3 +115,27 @@ async def candidates(trainer: Trainer) -> list[str]:
     client = trainer.registry.as_tenant(CANDIDATE_TENANT)
     listed = await client.call(client.adapters.ListAdapters, adapter_pb2.ListAdaptersRequest())
     return [adapter.name for adapter in listed.adapters if adapter.HasField("latest_version")]
+
+
+async def test_the_gate_can_be_asked_again(place: TrainerPlace, tmp_path: Path) -> None:
+    """As after an inference service that went away in the middle: the candidate of before is gone."""
+    folder = make_peft_adapter(place.base, tmp_path / "adapter", r=4)
+    async with registry_host(place) as address:
+        settings = settings_for(place.base, tmp_path / "cache", address, base_name=BASE, quantization="nf4")
+        async with running_inference(settings) as (_, inference):
+            registry = RegistryClient(address)
+            gate = ParityGate(inference, registry, tolerance_nats=1.0)
+            probes = [Probe((10, 11, 12), (-1.0, -1.0))]
+            try:
+                async with open_channel(inference) as channel:
+                    digest = await until_served(InferenceClient(InferenceServiceStub(channel)))
+                reports = [
+                    await gate.check(folder, probes, name="ftjob-again", base_fingerprint_digest=digest)
+                    for _ in range(2)
+                ]
+            finally:
+                await gate.close()
+                await registry.close()
+    assert reports[0] == reports[1]
+    assert reports[0] is not None
+    assert reports[0].tokens == 2

@@ -101,26 +101,32 @@ class FaultProxy:
         self, source: asyncio.StreamReader, target: asyncio.StreamWriter, *, is_answer: bool
     ) -> None:
         num_bytes = 0
-        while data := await source.read(self._piece_bytes(is_answer)):
+        while data := await source.read(64 * 1024):
             if self.is_blackhole:
                 continue
-            if is_answer and self.bytes_per_second is not None:
-                await asyncio.sleep(len(data) / self.bytes_per_second)
-            if is_answer:
+            if not is_answer:
+                target.write(data)
+                await target.drain()
+                continue
+            for piece in self._pieces(data):
                 await asyncio.sleep(self.latency_seconds)
-                num_bytes += len(data)
+                if self.bytes_per_second is not None:
+                    await asyncio.sleep(len(piece) / self.bytes_per_second)
+                num_bytes += len(piece)
                 limit = self.cut_after_bytes
                 if limit is not None and num_bytes > limit and self.num_cuts_left > 0:
                     self.num_cuts_left -= 1
                     raise ConnectionResetError
-            target.write(data)
-            await target.drain()
+                target.write(piece)
+                await target.drain()
         raise ConnectionResetError
 
-    def _piece_bytes(self, is_answer: bool) -> int:
-        if is_answer and self.bytes_per_second is not None:
-            return max(1, self.bytes_per_second // 10)
-        return 64 * 1024
+    def _pieces(self, data: bytes) -> list[bytes]:
+        """What was read at once, a tenth of a second each: the pace may be set after a read began."""
+        if self.bytes_per_second is None:
+            return [data]
+        size = max(1, self.bytes_per_second // 10)
+        return [data[start : start + size] for start in range(0, len(data), size)]
 
 
 @asynccontextmanager
