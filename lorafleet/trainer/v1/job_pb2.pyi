@@ -1016,6 +1016,10 @@ class Checkpoint(_message.Message):
     VALID_LOSS_FIELD_NUMBER: _builtins.int
     VALID_MEAN_TOKEN_ACCURACY_FIELD_NUMBER: _builtins.int
     FINE_TUNED_MODEL_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    COLLAPSED_FIELD_NUMBER: _builtins.int
+    CONVERSION_ERROR_FIELD_NUMBER: _builtins.int
+    PARITY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """"ftckpt-" and 26 characters."""
     job_id: _builtins.str
@@ -1025,8 +1029,16 @@ class Checkpoint(_message.Message):
     valid_mean_token_accuracy: _builtins.float
     fine_tuned_model: _builtins.str
     """Set when the checkpoint was published: its model name."""
+    collapsed: _builtins.bool
+    conversion_error: _builtins.float
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def evaluation(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvaluationMetric]:
+        """What was measured the last time it was to be published, whether it was or not; as in JobResult."""
+
+    @_builtins.property
+    def parity(self) -> Global___ParityReport: ...
     def __init__(
         self,
         *,
@@ -1038,10 +1050,14 @@ class Checkpoint(_message.Message):
         valid_loss: _builtins.float | None = ...,
         valid_mean_token_accuracy: _builtins.float | None = ...,
         fine_tuned_model: _builtins.str = ...,
+        evaluation: _abc.Iterable[Global___EvaluationMetric] | None = ...,
+        collapsed: _builtins.bool = ...,
+        conversion_error: _builtins.float = ...,
+        parity: Global___ParityReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_valid_loss", b"_valid_loss", "_valid_mean_token_accuracy", b"_valid_mean_token_accuracy", "create_time", b"create_time", "valid_loss", b"valid_loss", "valid_mean_token_accuracy", b"valid_mean_token_accuracy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_valid_loss", b"_valid_loss", "_valid_mean_token_accuracy", b"_valid_mean_token_accuracy", "create_time", b"create_time", "parity", b"parity", "valid_loss", b"valid_loss", "valid_mean_token_accuracy", b"valid_mean_token_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_valid_loss", b"_valid_loss", "_valid_mean_token_accuracy", b"_valid_mean_token_accuracy", "create_time", b"create_time", "fine_tuned_model", b"fine_tuned_model", "id", b"id", "job_id", b"job_id", "step", b"step", "train_loss", b"train_loss", "valid_loss", b"valid_loss", "valid_mean_token_accuracy", b"valid_mean_token_accuracy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_valid_loss", b"_valid_loss", "_valid_mean_token_accuracy", b"_valid_mean_token_accuracy", "collapsed", b"collapsed", "conversion_error", b"conversion_error", "create_time", b"create_time", "evaluation", b"evaluation", "fine_tuned_model", b"fine_tuned_model", "id", b"id", "job_id", b"job_id", "parity", b"parity", "step", b"step", "train_loss", b"train_loss", "valid_loss", b"valid_loss", "valid_mean_token_accuracy", b"valid_mean_token_accuracy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__valid_loss: _TypeAlias = _typing.Literal["valid_loss"]  # noqa: Y015
     _WhichOneofArgType__valid_loss: _TypeAlias = _typing.Literal["_valid_loss", b"_valid_loss"]  # noqa: Y015
