@@ -60,6 +60,12 @@ METRICS: dict[str, Metric] = {
         "1 for the server of this process: how its callers connect, and whether it was told to open anyway.",
         ("security", "insecure_bind"),
     ),
+    "lorafleet.store.credential_reads": Metric(
+        Kind.COUNTER,
+        "{read}",
+        "Reads of the store's file of credentials when it was new or had changed; failed ones by reason.",
+        ("error.type",),
+    ),
     "lorafleet.inference.sequences.running": Metric(
         Kind.UP_DOWN_COUNTER, "{sequence}", "Sequences that hold a place in the batch.", ()
     ),

@@ -9,10 +9,12 @@ from pathlib import Path
 from minio.credentials.credentials import Credentials
 from minio.credentials.providers import Provider
 
+from services.common import metrics
 from services.common.errors import Unavailable
 from services.common.store.interface import RETRY_AFTER_SECONDS
 
 _logger = logging.getLogger("lorafleet.store")
+_reads = metrics.counter("lorafleet.store.credential_reads")
 
 _Version = tuple[int, int, int]
 
@@ -41,12 +43,14 @@ class FileCredentials(Provider):  # type: ignore[misc] # the client is not typed
             if version != self._version:
                 self._credentials = _read(self._path)
                 self._version = version
+                _reads.add(1)
                 _logger.info("store credentials read", extra={"path": str(self._path)})
         except (OSError, ValueError) as error:
             # What went wrong is named, never what the file holds.
+            reason = type(error).__name__
+            _reads.add(1, {"error.type": reason})
             _logger.error(
-                "store credentials cannot be read",
-                extra={"path": str(self._path), "reason": type(error).__name__},
+                "store credentials cannot be read", extra={"path": str(self._path), "reason": reason}
             )
         if self._credentials is None:
             raise Unavailable(
