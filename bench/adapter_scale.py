@@ -220,7 +220,7 @@ def serve(
         "bench": "adapter_scale",
         "base": options.base.name,
         "quantization": options.quantization,
-        "device": settings.torch_device.type,
+        "device": settings.device_type,
         "threads": torch.get_num_threads(),
         "adapters": options.adapters,
         "ranks": list(RANKS),

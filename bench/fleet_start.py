@@ -31,8 +31,8 @@ IMPORTS = {
     "command line": "lorafleet.cli",
     "supervisor": "lorafleet.fleet.__main__",
     "registry": "services.registry.__main__",
-    "inference": "services.inference.__main__",
-    "trainer": "services.trainer.__main__",
+    "inference": "services.inference.service",
+    "trainer": "services.trainer.service",
     "gateway": "services.gateway.__main__",
 }
 

@@ -168,7 +168,7 @@ def load_peft(options: argparse.Namespace, folders: Mapping[str, Path]) -> PeftM
     """Load the base as the engine does, and every adapter into PEFT."""
     config = settings(options, Path())
     base = load_base_model(
-        options.base, config.base_quantization, device=config.torch_device, attention="sdpa"
+        options.base, config.base_quantization, device=torch.device(config.device_type), attention="sdpa"
     )
     first, *others = folders
     model = PeftModel.from_pretrained(base, str(folders[first]), adapter_name=first)
@@ -208,7 +208,7 @@ def report(options: argparse.Namespace, rounds: Sequence[Mapping[str, Rates]]) -
         "bench": "mixed_batch",
         "base": options.base.name,
         "quantization": options.quantization,
-        "device": str(config.torch_device),
+        "device": config.device_type,
         "dtype": config.base_quantization.compute_dtype.value,
         "threads": torch.get_num_threads(),
         "rows": options.rows,

@@ -4,8 +4,11 @@ import asyncio
 import sys
 
 from services.common.config import load
-from services.inference.service import run
 from services.inference.settings import InferenceSettings
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(run(load(InferenceSettings))))
+    settings = load(InferenceSettings)
+    # Imported here: it brings torch and transformers, for which bad settings need not wait.
+    from services.inference.service import run
+
+    sys.exit(asyncio.run(run(settings)))

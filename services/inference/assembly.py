@@ -34,7 +34,7 @@ def build_engine(config: EngineConfig, fetcher: Fetcher) -> Engine:
     """
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
-    device = config.torch_device
+    device = torch.device(config.device_type)
     check_architecture(config.base_path)
     base = load_base(config.base_path, config.base_quantization, device, _kernels(config))
     if config.kernels == "triton":
@@ -74,7 +74,7 @@ def build_engine(config: EngineConfig, fetcher: Fetcher) -> Engine:
 
 def _kernels(config: EngineConfig) -> Kernels | None:
     """Compile the kernels, or load what was compiled before, where they are wanted and serve."""
-    wanted = config.kernels == "auto" and config.torch_device.type == "cpu"
+    wanted = config.kernels == "auto" and config.device_type == "cpu"
     return load_kernels() if wanted else None
 
 

@@ -1,11 +1,13 @@
-"""The inference service's settings, read once from the environment."""
+"""The inference service's settings, read once from the environment.
+
+Reading them takes no torch, so that bad ones are refused at once.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -94,28 +96,31 @@ class EngineConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _triton_needs_a_gpu(self) -> EngineConfig:
-        if self.kernels == "triton" and self.torch_device.type != "cuda":
+        if self.kernels == "triton" and self.device_type != "cuda":
             raise ValueError("kernels is triton, which needs a GPU")
         return self
 
     @property
-    def torch_device(self) -> torch.device:
+    def device_type(self) -> Literal["cpu", "cuda"]:
         """The device, with `auto` decided."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        if self.device != "auto":
+            return self.device
+        # Imported here: whoever only checks settings does not wait for it.
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
     def device_budget(self) -> DeviceBudget:
         """A budget of the device's memory; on a GPU, where the KV cache is one allocation, a fixed one."""
-        own_share = self.device_own_share if self.torch_device.type == "cpu" else 1.0
+        own_share = self.device_own_share if self.device_type == "cpu" else 1.0
         return DeviceBudget(self.kv_bytes, self.adapter_device_bytes, own_share=own_share)
 
     @property
     def base_quantization(self) -> Quantization:
         """How the base's linear weights are stored, as its fingerprint records it."""
         if self.compute_dtype == "auto":
-            on_cpu = self.torch_device.type == "cpu"
+            on_cpu = self.device_type == "cpu"
             dtype = ComputeDtype.FLOAT32 if on_cpu else ComputeDtype.BFLOAT16
         else:
             dtype = ComputeDtype(self.compute_dtype)

@@ -179,7 +179,7 @@ class Runtime:
         return EngineStatus(
             base_model=self.base_name,
             base_fingerprint_digest=self.base_fingerprint_digest,
-            device=settings.torch_device.type,
+            device=settings.device_type,
             running=stats.running,
             queued=stats.waiting - stats.waiting_for_adapter,
             waiting_for_adapter=stats.waiting_for_adapter,

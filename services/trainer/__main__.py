@@ -6,14 +6,15 @@ import asyncio
 import sys
 
 from services.common.config import load
-from services.common.server import ServiceHost, serve
 from services.trainer.config import TrainerSettings
-from services.trainer.service import SERVICE, TrainerService
 
 
 async def main() -> int:
     """Run the trainer and return its exit code."""
     settings = load(TrainerSettings)
+    # Imported here: bad settings need not wait for it.
+    from services.common.server import ServiceHost, serve
+    from services.trainer.service import SERVICE, TrainerService
 
     async def register(host: ServiceHost) -> None:
         await TrainerService(settings).register(host)

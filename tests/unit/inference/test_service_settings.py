@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +48,35 @@ def test_every_bad_variable_is_named(
     assert caught.value.code == EXIT_BAD_CONFIGURATION
     said = capsys.readouterr().err
     assert all(PREFIX + name in said for name in bad), said
+
+
+def test_bad_settings_are_refused_before_torch_is_imported(
+    variables: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The import takes seconds; a start that is refused should take none of them."""
+    variables.setenv(PREFIX + "KV_BYTES", "many")
+    # What stands in its place would end the process with another status and message.
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    path = os.pathsep.join([str(tmp_path), str(Path.cwd())])
+    refused = subprocess.run(
+        [sys.executable, "-m", "services.inference"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert refused.returncode == EXIT_BAD_CONFIGURATION, refused.stderr
+    assert PREFIX + "KV_BYTES" in refused.stderr
+    assert "torch was imported" not in refused.stderr
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_settings_are_read_without_torch(variables: pytest.MonkeyPatch, tmp_path: Path, kernels: str) -> None:
+    variables.setenv(PREFIX + "KERNELS", kernels)
+    code = (
+        "import sys; from services.common.config import load; "
+        "from services.inference.settings import InferenceSettings; load(InferenceSettings); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
