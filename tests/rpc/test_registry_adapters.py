@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorafleet.registry.v1 import adapter_pb2
+from lorafleet.registry.v1 import adapter_pb2, file_pb2
 from services.common.errors import Code, LorafleetError
 from services.common.store import DirectoryStore
 from tests.support.registry import (
@@ -27,6 +27,7 @@ from tests.support.registry_fixtures import (
     local,
     place,
     s3_server,
+    stored_keys,
 )
 
 __all__ = ["client", "local", "place", "s3_server"]
@@ -74,7 +75,7 @@ async def test_publish_resolve_download(place: Place) -> None:
         assert await reason_of(client.download("billing", "README.md")) == "unexpected_file"
 
 
-async def test_idempotency(client: Client) -> None:
+async def test_row_37_a_publication_is_repeated_by_its_key(client: Client) -> None:
     upload = Upload.made(0)
     first = await client.publish(upload, key="job-1", hyperparameters={"a": "1", "b": "2"})
     again = await asyncio.gather(
@@ -91,13 +92,13 @@ async def test_idempotency(client: Client) -> None:
     assert (await client.publish(upload)).digest == first.digest
 
 
-async def test_two_at_once_with_one_key_make_one_version(client: Client) -> None:
+async def test_row_37_two_at_once_with_one_key_make_one_version(client: Client) -> None:
     published = await asyncio.gather(*(client.publish(Upload.made(0), key="same") for _ in range(8)))
     assert {version.version for version in published} == {1}
     assert await reason_of(client.resolve("billing:2")) == "version_not_found"
 
 
-async def test_another_tenant_sees_nothing(client: Client) -> None:
+async def test_row_42_another_tenant_sees_nothing(client: Client) -> None:
     mine = await client.publish(Upload.made(0), key="k")
     await client.set_alias("prod", 1)
     file = await client.create_file(b"secret")
@@ -139,6 +140,45 @@ async def test_another_tenant_sees_nothing(client: Client) -> None:
     # The same key and the same bytes are another tenant's own publication.
     theirs = await other.publish(Upload.made(0), key="k")
     assert (theirs.version, theirs.digest) == (1, mine.digest)
+
+
+async def test_row_43_knowing_a_digest_saves_no_upload(client: Client) -> None:
+    """Neither with a file nor with an adapter does a tenant learn that another one has the same bytes."""
+    mine = Upload.made(0)
+    await client.publish(mine)
+    await client.create_file(mine.weights)
+    rival = client.as_tenant("rival")
+    for upload in (mine, Upload.made(1)):
+        header = upload.header()
+        for messages in ([], list(upload.requests(header))[1:-1]):
+            stream = iter([adapter_pb2.PublishVersionRequest(header=header), *messages])
+            with pytest.raises(LorafleetError) as refused:
+                await rival.call(rival.adapters.PublishVersion, stream)
+            assert refused.value.reason == "digest_mismatch"
+        announced = file_pb2.CreateFileHeader(
+            filename="a", purpose=file_pb2.FILE_PURPOSE_FINE_TUNE, digest=sha256(upload.weights)
+        )
+        start = file_pb2.StartUploadRequest(header=announced, size_bytes=len(upload.weights))
+        session = await rival.call(rival.files.StartUpload, start)
+        assert session.committed_bytes == 0
+        complete = file_pb2.CompleteUploadRequest(upload_id=session.id)
+        assert await reason_of(rival.call(rival.files.CompleteUpload, complete)) == "upload_incomplete"
+
+
+async def test_row_38_a_record_without_its_bytes_is_not_made(client: Client, tmp_path: Path) -> None:
+    """The bytes come with their announcement; one that names others, or none, makes nothing visible."""
+    upload = Upload.made(0)
+    stored = (await client.create_file(upload.weights)).digest
+    before = stored_keys(tmp_path)
+    header = upload.header()
+    assert header.files[1].digest == stored
+    for stream in ([], list(upload.requests(header))[1:2]):
+        call = client.call(
+            client.adapters.PublishVersion, iter([adapter_pb2.PublishVersionRequest(header=header), *stream])
+        )
+        assert await reason_of(call) == "digest_mismatch"
+    assert await reason_of(client.resolve("billing")) == "adapter_not_found"
+    assert stored_keys(tmp_path) == before
 
 
 async def test_corrupt_bytes_are_never_served_whole(client: Client, tmp_path: Path) -> None:
