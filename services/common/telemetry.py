@@ -10,7 +10,8 @@ loses `cancel()`. The server layer is in `services.common.rpc.tracing`, the clie
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from wsgiref.simple_server import WSGIServer
 
 import grpc
@@ -30,6 +31,7 @@ from prometheus_client import start_http_server
 from services.common.config import Address
 
 _INSTRUMENTATION = "lorafleet"
+_TRACEPARENT = "traceparent"
 
 
 class Telemetry:
@@ -98,6 +100,34 @@ def outgoing_metadata() -> list[tuple[str, str]]:
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return list(carrier.items())
+
+
+def traceparent() -> str:
+    """Return the present span as a W3C `traceparent`, for a record that outlives it; empty outside a trace."""
+    return dict(outgoing_metadata()).get(_TRACEPARENT, "")
+
+
+def context_of(traceparent: str) -> Context:
+    """Return the trace context of a recorded `traceparent`; an empty one where it names no span."""
+    return propagate.extract({_TRACEPARENT: traceparent}, context=Context())
+
+
+@contextmanager
+def child_of(traceparent: str) -> Iterator[None]:
+    """Make the recorded span the parent of what the body does; nothing changes where it names no span."""
+    recorded = trace.get_current_span(context_of(traceparent))
+    if not recorded.get_span_context().is_valid:
+        yield
+        return
+    with trace.use_span(recorded, end_on_exit=False, record_exception=False, set_status_on_exception=False):
+        yield
+
+
+def link(span: Span, traceparent: str) -> None:
+    """Link `span` to a recorded span that led to it; nothing happens where `traceparent` names none."""
+    recorded = trace.get_current_span(context_of(traceparent)).get_span_context()
+    if recorded.is_valid:
+        span.add_link(recorded)
 
 
 def record_status(span: Span, code: grpc.StatusCode, *, server: bool) -> None:

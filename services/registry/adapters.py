@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 
-from services.common import names
+from services.common import names, telemetry
 from services.common.adapter_format import AdapterSummary
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.registry.bases import Bases
@@ -143,6 +143,7 @@ class Adapters:
                 create_time_ms=now_ms(),
                 idempotency_key=publication.idempotency_key,
                 content_digest=publication.content_digest,
+                traceparent=telemetry.traceparent(),
             )
             await mutation.append(record)
         return Version(record, None, ())

@@ -152,6 +152,7 @@ def version_to_message(version: Version) -> adapter_pb2.AdapterVersion:
         delete_time=None if version.delete_time_ms is None else _timestamp(version.delete_time_ms),
         aliases=version.aliases,
         warnings=record.warnings,
+        traceparent=record.traceparent,
     )
 
 

@@ -134,6 +134,8 @@ class VersionRecord:
     content_digest: str
     sequence: int = 0
     epoch: int = 0
+    traceparent: str = ""
+    """W3C trace context of the call that published it; empty where that was not traced."""
 
     @property
     def size_bytes(self) -> int:

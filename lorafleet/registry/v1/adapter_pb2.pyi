@@ -341,6 +341,7 @@ class AdapterVersion(_message.Message):
     DELETE_TIME_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     version: _builtins.int
     """1, 2, 3 ... within the adapter; never reused."""
@@ -351,6 +352,10 @@ class AdapterVersion(_message.Message):
     """Digest of the base fingerprint that the version is bound to."""
     base_model: _builtins.str
     """Name of that base at the time of publishing."""
+    traceparent: _builtins.str
+    """W3C trace context (`traceparent`) of the call that published it, for spans that link to it: a job's publication is in
+    the trace of the request that created the job. Empty where it was not traced.
+    """
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterFile]: ...
     @_builtins.property
@@ -385,10 +390,11 @@ class AdapterVersion(_message.Message):
         delete_time: _timestamp_pb2.Timestamp | None = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["card", b"card", "create_time", b"create_time", "delete_time", b"delete_time", "format", b"format"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "aliases", b"aliases", "base_fingerprint_digest", b"base_fingerprint_digest", "base_model", b"base_model", "card", b"card", "create_time", b"create_time", "delete_time", b"delete_time", "digest", b"digest", "files", b"files", "format", b"format", "state", b"state", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "aliases", b"aliases", "base_fingerprint_digest", b"base_fingerprint_digest", "base_model", b"base_model", "card", b"card", "create_time", b"create_time", "delete_time", b"delete_time", "digest", b"digest", "files", b"files", "format", b"format", "state", b"state", "traceparent", b"traceparent", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
