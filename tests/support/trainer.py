@@ -48,12 +48,13 @@ class Trainer:
     registry: Client
     process: asyncio.subprocess.Process
     tenant: str = TENANT
+    call_seconds: float = 30
 
     async def call(self, name: str, request: Any) -> Any:
         """Make a call with one answer."""
         try:
             with call_scope(tenant=self.tenant):
-                return await getattr(self.stub, name)(request, timeout=30)
+                return await getattr(self.stub, name)(request, timeout=self.call_seconds)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
 
@@ -126,6 +127,8 @@ class TrainerPlace:
     folder: Path
     redis_url: str
     quantization: str = "nf4"
+    start_seconds: float = 60
+    call_seconds: float = 30
 
     def environment(self, registry_target: str, port_file: Path, changes: dict[str, str]) -> dict[str, str]:
         """The environment of a trainer process."""
@@ -175,10 +178,14 @@ async def running_trainer(
         env=place.environment(registry_target, port_file, changes),
     )
     try:
-        address = await _address(port_file, process)
+        async with asyncio.timeout(place.start_seconds):
+            address = await _address(port_file, process)
         async with open_channel(address) as channel, open_channel(registry_target) as registry_channel:
-            await _serving(channel)
-            yield Trainer(TrainerServiceStub(channel), Client(registry_channel, TENANT), process)
+            async with asyncio.timeout(place.start_seconds):
+                await _serving(channel)
+            registry = Client(registry_channel, TENANT)
+            stub = TrainerServiceStub(channel)
+            yield Trainer(stub, registry, process, call_seconds=place.call_seconds)
     finally:
         if process.returncode is None:
             process.kill()
@@ -197,18 +204,16 @@ def losses(events: Sequence[job_pb2.JobEvent]) -> list[float]:
 
 
 async def _address(port_file: Path, process: asyncio.subprocess.Process) -> str:
-    async with asyncio.timeout(60):
-        while not await asyncio.to_thread(port_file.exists):
-            assert process.returncode is None, f"the trainer ended with {process.returncode}"
-            await asyncio.sleep(0.05)
+    while not await asyncio.to_thread(port_file.exists):
+        assert process.returncode is None, f"the trainer ended with {process.returncode}"
+        await asyncio.sleep(0.05)
     return (await asyncio.to_thread(port_file.read_text, "ascii")).strip()
 
 
 async def _serving(channel: grpc.aio.Channel) -> None:
     stub = health_pb2_grpc.HealthStub(channel)
-    async with asyncio.timeout(60):
-        while True:
-            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5, wait_for_ready=True)
-            if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                return
-            await asyncio.sleep(0.05)
+    while True:
+        answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=60, wait_for_ready=True)
+        if answer.status == health_pb2.HealthCheckResponse.SERVING:
+            return
+        await asyncio.sleep(0.05)
