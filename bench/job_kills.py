@@ -26,7 +26,7 @@ from pathlib import Path
 
 from lorafleet.registry.v1 import adapter_pb2
 from lorafleet.trainer.v1 import job_pb2
-from services.common.errors import LorafleetError
+from services.common.errors import DeadlineExceeded, LorafleetError
 from services.common.failpoints import VARIABLE
 from services.common.valkey import EmbeddedValkey
 from tests.support.models import make_tiny_llama
@@ -154,6 +154,9 @@ class _Rounds:
             ) as trainer:
                 try:
                     return await self._work(trainer, until)
+                except DeadlineExceeded:
+                    # The machine is busy. The next trainer goes on with what there is.
+                    return False
                 except LorafleetError as error:
                     code = await asyncio.wait_for(trainer.process.wait(), 60)
                     if code != -signal.SIGKILL:
