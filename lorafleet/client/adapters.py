@@ -32,17 +32,9 @@ class AsyncAdapters:
 
     async def all(self, *, name_contains: str = "") -> list[messages.Adapter]:
         """Return every adapter whose name contains the text, by name."""
-        found: list[messages.Adapter] = []
-        token = ""
-        while True:
-            request = messages.ListAdaptersRequest(name_contains=name_contains, page_token=token)
-            page = await self._connection.call(
-                self._stub.ListAdapters, request, messages.ListAdaptersResponse
-            )
-            found += page.adapters
-            token = page.next_page_token
-            if not token:
-                return found
+        request = messages.ListAdaptersRequest(name_contains=name_contains)
+        pages = self._connection.pages(self._stub.ListAdapters, request, messages.ListAdaptersResponse)
+        return [adapter async for page in pages for adapter in page.adapters]
 
     async def get(self, name: str) -> messages.Adapter:
         """Return one adapter; raise `NotFound` (`adapter_not_found`) where there is none."""
@@ -52,17 +44,9 @@ class AsyncAdapters:
 
     async def versions(self, name: str) -> list[messages.AdapterVersion]:
         """Return an adapter's versions that are not deleted, newest first."""
-        found: list[messages.AdapterVersion] = []
-        token = ""
-        while True:
-            request = messages.ListVersionsRequest(adapter=name, page_token=token)
-            page = await self._connection.call(
-                self._stub.ListVersions, request, messages.ListVersionsResponse
-            )
-            found += page.versions
-            token = page.next_page_token
-            if not token:
-                return found
+        request = messages.ListVersionsRequest(adapter=name)
+        pages = self._connection.pages(self._stub.ListVersions, request, messages.ListVersionsResponse)
+        return [version async for page in pages for version in page.versions]
 
     async def resolve(self, ref: str) -> messages.AdapterVersion:
         """Return the version that a reference names now.
@@ -167,9 +151,10 @@ class AsyncAdapters:
     async def alias_history(self, name: str, alias: str) -> list[messages.Alias]:
         """Return every move of an alias, newest first."""
         request = messages.ListAliasHistoryRequest(adapter=name, alias=alias, page_size=1000)
-        return list(
-            (await self._call(self._stub.ListAliasHistory, request, messages.ListAliasHistoryResponse)).moves
+        pages = self._connection.pages(
+            self._stub.ListAliasHistory, request, messages.ListAliasHistoryResponse
         )
+        return [move async for page in pages for move in page.moves]
 
     async def _base_digest(self, base: str) -> str:
         if base:

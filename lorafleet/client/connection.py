@@ -62,6 +62,15 @@ class Connection:
         assert isinstance(message, answer), "the stub reads the type that the contract names"
         return message
 
+    async def pages(self, method: Any, request: Any, answer: type[AnswerT]) -> AsyncIterator[AnswerT]:
+        """Yield the answers of a list method, page after page; `request` is the one for the first."""
+        while True:
+            page: Any = await self.call(method, request, answer)
+            yield page
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
     async def stream(self, method: Any, request: Any) -> AsyncIterator[Any]:
         """Yield the messages of a method that answers by a stream; leaving early ends the call."""
         call = method(request, metadata=self._metadata)

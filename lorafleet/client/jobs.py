@@ -85,15 +85,9 @@ class AsyncJobs:
         self, *, state: job_pb2.JobState.ValueType = job_pb2.JOB_STATE_UNSPECIFIED
     ) -> list[job_pb2.Job]:
         """Return the jobs in a state, or all, newest first."""
-        found: list[job_pb2.Job] = []
-        token = ""
-        while True:
-            request = trainer_service_pb2.ListJobsRequest(state=state, page_token=token)
-            page = await self._call(self._stub.ListJobs, request, trainer_service_pb2.ListJobsResponse)
-            found += page.jobs
-            token = page.next_page_token
-            if not token:
-                return found
+        request = trainer_service_pb2.ListJobsRequest(state=state)
+        pages = self._connection.pages(self._stub.ListJobs, request, trainer_service_pb2.ListJobsResponse)
+        return [job async for page in pages for job in page.jobs]
 
     async def cancel(self, job_id: str) -> job_pb2.Job:
         """Ask a job to stop at its next step."""
@@ -121,16 +115,9 @@ class AsyncJobs:
 
     async def past_events(self, job_id: str) -> list[job_pb2.JobEvent]:
         """Return the events so far, oldest first."""
-        found: list[job_pb2.JobEvent] = []
-        token = ""
-        while True:
-            request = trainer_service_pb2.ListEventsRequest(job_id=job_id, page_size=1000, page_token=token)
-            answer = trainer_service_pb2.ListEventsResponse
-            page = await self._call(self._stub.ListEvents, request, answer)
-            found += page.events
-            token = page.next_page_token
-            if not token:
-                return found[::-1]
+        request = trainer_service_pb2.ListEventsRequest(job_id=job_id, page_size=1000)
+        pages = self._connection.pages(self._stub.ListEvents, request, trainer_service_pb2.ListEventsResponse)
+        return [event async for page in pages for event in page.events][::-1]
 
     async def wait(self, job_id: str) -> job_pb2.Job:
         """Return the job once it has ended, in whatever way."""
@@ -140,14 +127,11 @@ class AsyncJobs:
 
     async def checkpoints(self, job_id: str) -> list[job_pb2.Checkpoint]:
         """Return a job's checkpoints, newest first."""
-        request = trainer_service_pb2.ListCheckpointsRequest(job_id=job_id, page_size=1000)
-        return list(
-            (
-                await self._call(
-                    self._stub.ListCheckpoints, request, trainer_service_pb2.ListCheckpointsResponse
-                )
-            ).checkpoints
+        request = trainer_service_pb2.ListCheckpointsRequest(job_id=job_id)
+        pages = self._connection.pages(
+            self._stub.ListCheckpoints, request, trainer_service_pb2.ListCheckpointsResponse
         )
+        return [checkpoint async for page in pages for checkpoint in page.checkpoints]
 
     async def publish_checkpoint(
         self, job_id: str, checkpoint_id: str, *, adapter: str = ""
