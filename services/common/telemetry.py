@@ -103,7 +103,7 @@ def outgoing_metadata() -> list[tuple[str, str]]:
 
 
 def traceparent() -> str:
-    """Return the present span as a W3C `traceparent`, for a record that outlives it; empty outside a trace."""
+    """Return the present span as a W3C `traceparent`, for a record that outlives it; empty without one."""
     return dict(outgoing_metadata()).get(_TRACEPARENT, "")
 
 

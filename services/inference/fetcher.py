@@ -13,7 +13,7 @@ import grpc
 
 from lorafleet.registry.v1.adapter_pb2 import DownloadVersionRequest
 from lorafleet.registry.v1.adapter_pb2_grpc import AdapterServiceStub
-from services.common import status
+from services.common import status, telemetry
 from services.common.errors import Code, DataLoss
 from services.common.rpc.tenant import TENANT_KEY
 from services.common.tls import PeerTls
@@ -21,6 +21,7 @@ from services.common.transport import channel_options
 from services.inference.adapters.disk import Fetched
 from services.inference.resolver import adapter_unavailable
 from services.inference.sources import AdapterSource, AdapterSources, SourceFile
+from services.inference.telemetry import fetch_span
 
 _ATTEMPTS_WITHOUT_PROGRESS = 4
 _FIRST_PAUSE_SECONDS = 0.1
@@ -54,12 +55,18 @@ class RegistryFetcher:
     def fetch(self, digest: str, into: Path) -> Fetched:
         """Write the version's files to the empty folder `into`, and return their digests and their source.
 
+        Its span links to the publication of the version.
+
         Raises:
             Unavailable: `adapter_unavailable` where the registry cannot be reached, or not fast enough.
             DataLoss: `corrupt_blob` where the bytes are not those of the version.
             LorafleetError: what the registry says, e.g. `adapter_deleted`.
         """
         source = self._sources.require(digest)
+        with fetch_span(source):
+            return self._fetch(source, into)
+
+    def _fetch(self, source: AdapterSource, into: Path) -> Fetched:
         deadline = time.monotonic() + self._timeout_seconds
         digests, verify_seconds = {}, 0.0
         for name, file in source.files.items():
@@ -104,7 +111,7 @@ class RegistryFetcher:
         responses = self._adapters.DownloadVersion(
             DownloadVersionRequest(ref=source.ref, file=name, offset=offset),
             timeout=min(max(0.0, deadline - time.monotonic()), _STREAM_SECONDS),
-            metadata=((TENANT_KEY, source.tenant),),
+            metadata=((TENANT_KEY, source.tenant), *telemetry.outgoing_metadata()),
         )
         try:
             for response in responses:

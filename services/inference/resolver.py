@@ -169,6 +169,7 @@ class AdapterResolver:
             version_ref=f"{version.adapter}:{version.version}",
             max_rank=version.format.max_rank,
             files=files,
+            traceparent=version.traceparent,
         )
 
 

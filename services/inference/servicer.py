@@ -100,12 +100,16 @@ class InferenceServicer(InferenceServiceServicer):
 
     async def Embed(self, request: EmbedRequest, context: Context) -> EmbedResponse:
         runtime = self._startup.require()
-        admitted = await runtime.admission.embed(request)
-        events = await last_events(runtime.driver, admitted.requests)
+        with telemetry.embeddings_span(request.model.adapter or runtime.base_name) as span:
+            admitted = await runtime.admission.embed(request)
+            telemetry.note_version(span, admitted.source)
+            events = await last_events(runtime.driver, admitted.requests)
+            prompt_tokens = sum(event.prompt_tokens for event in events)
+            span.set_attribute(telemetry.USAGE_INPUT_TOKENS, prompt_tokens)
         return EmbedResponse(
             version_digest="" if admitted.source is None else admitted.source.digest,
             embeddings=[Embedding(values=event.embedding) for event in events],
-            usage=Usage(prompt_tokens=sum(event.prompt_tokens for event in events)),
+            usage=Usage(prompt_tokens=prompt_tokens),
         )
 
     async def Tokenize(self, request: TokenizeRequest, context: Context) -> TokenizeResponse:

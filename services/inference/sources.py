@@ -32,6 +32,7 @@ class AdapterSource:
         version_ref: names it for people, `name:3`.
         max_rank: largest rank of any module.
         files: by name.
+        traceparent: W3C trace context of its publication; empty where that was not traced.
     """
 
     tenant: str
@@ -40,6 +41,7 @@ class AdapterSource:
     version_ref: str
     max_rank: int
     files: Mapping[str, SourceFile]
+    traceparent: str = ""
 
     @property
     def adapter(self) -> str:
@@ -66,7 +68,7 @@ class AdapterSource:
             source = cls(**fields, files=files)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not an adapter's source: {error}") from error
-        texts = (source.tenant, source.digest, source.ref, source.version_ref)
+        texts = (source.tenant, source.digest, source.ref, source.version_ref, source.traceparent)
         if not all(isinstance(text, str) for text in texts) or not isinstance(source.max_rank, int):
             raise ValueError("not an adapter's source: a field is of the wrong type")
         return source

@@ -1,4 +1,7 @@
-"""The span of one generation: the names of the semantic conventions for generative AI, kept in this place."""
+"""The spans of inference, and the names of the semantic conventions for generative AI, kept in this place.
+
+What runs on an adapter links to the publication of its version, which is in the trace of its job.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from opentelemetry.trace import Span, Status, StatusCode
+from opentelemetry.trace import Span, Status, StatusCode, use_span
 
 from services.common import metrics, telemetry
 from services.common.errors import LorafleetError
@@ -24,10 +27,14 @@ REQUEST_TOP_P = "gen_ai.request.top_p"
 REQUEST_TOP_K = "gen_ai.request.top_k"
 REQUEST_SEED = "gen_ai.request.seed"
 REQUEST_CHOICE_COUNT = "gen_ai.request.choice.count"
+REQUEST_STOP_SEQUENCES = "gen_ai.request.stop_sequences"
+REQUEST_FREQUENCY_PENALTY = "gen_ai.request.frequency_penalty"
+REQUEST_PRESENCE_PENALTY = "gen_ai.request.presence_penalty"
 RESPONSE_MODEL = "gen_ai.response.model"
 RESPONSE_FINISH_REASONS = "gen_ai.response.finish_reasons"
 USAGE_INPUT_TOKENS = "gen_ai.usage.input_tokens"
 USAGE_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+USAGE_CACHE_READ_INPUT_TOKENS = "gen_ai.usage.cache_read.input_tokens"
 VERSION_DIGEST = "lorafleet.version.digest"
 QUEUE_SECONDS = "lorafleet.queue_seconds"
 PREFILL_SECONDS = "lorafleet.prefill_seconds"
@@ -38,6 +45,7 @@ ERROR_TYPE = "error.type"
 
 CHAT = "chat"
 TEXT_COMPLETION = "text_completion"
+EMBEDDINGS = "embeddings"
 
 
 _first_token_seconds = metrics.histogram("lorafleet.inference.time_to_first_token")
@@ -64,15 +72,18 @@ class GenerationTrace:
     def queued(self, source: AdapterSource | None, params: SamplingParams, prompt_tokens: int) -> None:
         """Note the version, the parameters and that the request now waits for the engine."""
         self._queued_at = time.monotonic()
-        attributes: dict[str, str | int | float | None] = {
-            RESPONSE_MODEL: None if source is None else source.version_ref,
-            VERSION_DIGEST: None if source is None else source.digest,
+        note_version(self._span, source)
+        attributes: dict[str, str | int | float | tuple[str, ...] | None] = {
             REQUEST_MAX_TOKENS: params.max_tokens,
             REQUEST_TEMPERATURE: params.temperature,
             REQUEST_TOP_P: params.top_p,
             REQUEST_TOP_K: params.top_k,
             REQUEST_SEED: params.seed,
-            REQUEST_CHOICE_COUNT: params.n,
+            REQUEST_FREQUENCY_PENALTY: params.frequency_penalty,
+            REQUEST_PRESENCE_PENALTY: params.presence_penalty,
+            REQUEST_STOP_SEQUENCES: params.stop or None,
+            # Only told where it is not one.
+            REQUEST_CHOICE_COUNT: None if params.n == 1 else params.n,
             USAGE_INPUT_TOKENS: prompt_tokens,
         }
         for name, value in attributes.items():
@@ -92,6 +103,7 @@ class GenerationTrace:
             self._span.add_event(EVENT_FIRST_TOKEN)
             self._span.set_attribute(QUEUE_SECONDS, queue_seconds)
             self._span.set_attribute(PREFILL_SECONDS, waited_seconds - queue_seconds)
+            self._span.set_attribute(USAGE_CACHE_READ_INPUT_TOKENS, events[0].cached_tokens)
         self._measure_gaps(events, now)
         for event in events:
             self._output_tokens += len(event.token_ids)
@@ -122,17 +134,55 @@ class GenerationTrace:
 @contextmanager
 def generation_span(operation: str, model: str) -> Iterator[GenerationTrace]:
     """Open the span of one generation as a child of the present call's; it ends with the body."""
-    span = telemetry.tracer().start_span(
-        f"{operation} {model}",
-        attributes={OPERATION: operation, PROVIDER: "lorafleet", REQUEST_MODEL: model},
-    )
-    trace = GenerationTrace(span)
+    with _operation_span(operation, model) as span:
+        trace = GenerationTrace(span)
+        try:
+            yield trace
+        finally:
+            trace.ended()
+
+
+@contextmanager
+def embeddings_span(model: str) -> Iterator[Span]:
+    """Open the span of one call for embeddings as a child of the present call's; it ends with the body."""
+    with _operation_span(EMBEDDINGS, model) as span:
+        yield span
+
+
+@contextmanager
+def fetch_span(source: AdapterSource) -> Iterator[None]:
+    """Make a span of the body, which fetches a version. It belongs to no request: many may wait for it."""
+    span = telemetry.tracer().start_span(f"fetch_adapter {source.adapter}")
+    note_version(span, source)
+    with _ended(span), use_span(span, record_exception=False, set_status_on_exception=False):
+        yield
+
+
+def note_version(span: Span, source: AdapterSource | None) -> None:
+    """Tell the version that `span` is about, and link the span to its publication; nothing for the base."""
+    if source is None:
+        return
+    span.set_attribute(RESPONSE_MODEL, source.version_ref)
+    span.set_attribute(VERSION_DIGEST, source.digest)
+    telemetry.link(span, source.traceparent)
+
+
+@contextmanager
+def _operation_span(operation: str, model: str) -> Iterator[Span]:
+    attributes = {OPERATION: operation, PROVIDER: "lorafleet", REQUEST_MODEL: model}
+    span = telemetry.tracer().start_span(f"{operation} {model}", attributes=attributes)
+    with _ended(span):
+        yield span
+
+
+@contextmanager
+def _ended(span: Span) -> Iterator[None]:
+    """End `span` with the body, as an error where the body raises one of ours."""
     try:
-        yield trace
+        yield
     except LorafleetError as error:
         span.set_attribute(ERROR_TYPE, error.reason)
         span.set_status(Status(StatusCode.ERROR, error.reason))
         raise
     finally:
-        trace.ended()
         span.end()
