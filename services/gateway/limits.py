@@ -153,7 +153,11 @@ class LocalLimiter:
 
 # KEYS: the buckets. ARGV: "take" or "give", the seconds that they are kept, then capacity and cost of each.
 # Returns 1 or 0, then the levels.
+#
+# Its writes are neither logged nor replicated: a server that syncs its log before each answer would make
+# every request wait for the disk, and all that a lost bucket costs is that it is full again.
 _SCRIPT = """
+redis.set_repl(redis.REPL_NONE)
 local now = redis.call('TIME')
 local seconds = tonumber(now[1]) + tonumber(now[2]) / 1e6
 local levels, enough = {}, 1

@@ -163,3 +163,21 @@ async def test_row_97_without_redis_the_limits_are_this_process_s_own() -> None:
             await reserve(limiter, who, 1)
     finally:
         await away.aclose()
+
+
+async def test_the_buckets_wait_for_no_disk(redis_url: str) -> None:
+    """The server syncs its log before it answers a write; what is not logged is not waited for."""
+    index = open_index(SecretStr(redis_url))
+    limiter = SharedLimiter(index, LocalLimiter())
+    who = principal(requests=10, tokens=1000)
+    try:
+        await index.set("logged", 1)
+        before = (await index.info("persistence"))["aof_current_size"]
+        reservation = await reserve(limiter, who, 100)
+        await settle(limiter, reservation, 40)
+        assert (await index.info("persistence"))["aof_current_size"] == before
+        assert (await reserve(limiter, who, 1)).headers["x-ratelimit-remaining-tokens"] in ("959", "960")
+        await index.set("logged", 2)
+        assert (await index.info("persistence"))["aof_current_size"] > before
+    finally:
+        await index.aclose()
