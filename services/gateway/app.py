@@ -30,6 +30,7 @@ from services.gateway.config import GatewaySettings
 from services.gateway.errors import ClientGoneError
 from services.gateway.keys import KeyRing
 from services.gateway.limits import limiter
+from services.gateway.lorax import routes as lorax
 from services.gateway.metering import Meter
 from services.gateway.request_boundary import RequestBoundary
 from services.gateway.rpc_door import rpc_door
@@ -45,6 +46,7 @@ ROUTERS = (
     completions.router,
     chat.router,
     embeddings.router,
+    lorax.router,
     files.router,
     fine_tuning.router,
     adapters.router,

@@ -55,7 +55,12 @@ def error_body(error: LorafleetError) -> dict[str, Any]:
 
 
 def error_response(error: LorafleetError) -> JSONResponse:
-    """Return the answer for an error, with `Retry-After` and `x-should-retry` where they matter.
+    """Return the answer for an error."""
+    return JSONResponse(error_body(error), status_code=http_status(error), headers=error_headers(error))
+
+
+def error_headers(error: LorafleetError) -> dict[str, str]:
+    """Return the headers of the answer for an error: `Retry-After` and `x-should-retry` where they matter.
 
     Stock clients try 409, 429 and 5xx again by themselves, so what can never succeed says so.
     """
@@ -71,7 +76,7 @@ def error_response(error: LorafleetError) -> JSONResponse:
     if http_status(error) == 413:
         # What is left of the body is not read: it would only be thrown away.
         headers["connection"] = "close"
-    return JSONResponse(error_body(error), status_code=http_status(error), headers=headers)
+    return headers
 
 
 def from_upstream(error: grpc.RpcError) -> LorafleetError:

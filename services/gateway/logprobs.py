@@ -47,7 +47,7 @@ class CompletionLogprobs:
 
     def _with(self, lists: dict[str, Any], positions: Iterable[PositionLogprobs]) -> dict[str, Any]:
         for position in positions:
-            self._add(lists, position.chosen.text, _finite(position.chosen.logprob), self._top(position))
+            self._add(lists, position.chosen.text, finite(position.chosen.logprob), self._top(position))
         return lists
 
     def _empty(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class CompletionLogprobs:
     def _add(
         self, lists: dict[str, Any], token: bytes, logprob: float | None, top: dict[str, float] | None
     ) -> None:
-        lists["tokens"].append(_text(token))
+        lists["tokens"].append(token_text(token))
         lists["token_logprobs"].append(logprob)
         if lists["top_logprobs"] is not None:
             lists["top_logprobs"].append(top)
@@ -72,8 +72,8 @@ class CompletionLogprobs:
         """Return the alternatives and the chosen token; of tokens with equal text the likeliest stays."""
         top: dict[str, float] = {}
         for entry in (*position.alternatives[: self._alternatives], position.chosen):
-            text = _text(entry.text)
-            top[text] = max(_finite(entry.logprob), top.get(text, LOWEST_LOGPROB))
+            text = token_text(entry.text)
+            top[text] = max(finite(entry.logprob), top.get(text, LOWEST_LOGPROB))
         return top
 
 
@@ -88,14 +88,15 @@ def joined(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _chat_token(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": _text(token.text), "logprob": _finite(token.logprob), "bytes": list(token.text)}
+    return {"token": token_text(token.text), "logprob": finite(token.logprob), "bytes": list(token.text)}
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """Return a log-probability that JSON can say."""
     return max(logprob, LOWEST_LOGPROB)
 
 
-def _text(token: bytes) -> str:
+def token_text(token: bytes) -> str:
     """Return a token's text; bytes that are no whole characters are shown as OpenAI shows them."""
     try:
         return token.decode("utf-8")

@@ -12,6 +12,7 @@ from services.gateway.json_body import Body, field_error
 
 MAX_COMPLETIONS = 16
 MAX_ALTERNATIVES = 20
+MAX_STOPS = 4
 _INT32_MAX = 2**31 - 1
 _UINT32_MAX = 2**32 - 1
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
@@ -52,7 +53,7 @@ class GenerationFields(Body):
         Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
 
     # Ours, by the names that other servers of this API use.
     top_k: Annotated[int, Field(ge=0, le=_INT32_MAX)] | None = None

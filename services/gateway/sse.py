@@ -1,4 +1,4 @@
-"""Server-sent events: one JSON object per event, `[DONE]` at a good end, an error object at a bad one."""
+"""Server-sent events: one JSON object per event, and an error object at a bad end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -22,6 +23,22 @@ _logger = logging.getLogger("lorafleet.gateway.sse")
 DONE = b"data: [DONE]\n\n"
 
 
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How an API ends its streams.
+
+    Attributes:
+        done: what follows the last object of a good end.
+        error: the object of a bad end.
+    """
+
+    done: bytes
+    error: Callable[[LorafleetError], Mapping[str, Any]]
+
+
+OPENAI = Dialect(DONE, error_body)
+
+
 class EventStream(Response):
     """Sends objects as they come; closes their source when they end, fail or the client leaves."""
 
@@ -34,10 +51,12 @@ class EventStream(Response):
         on_close: Callable[[], object],
         check: Check,
         headers: Mapping[str, str] | None = None,
+        dialect: Dialect = OPENAI,
     ) -> None:
         """Take the objects to send, what frees their source (it is called in any case), and what raises once
         the client may no longer have them.
         """
+        self._dialect = dialect
         self._source = source
         self._check = check
         self._on_close = on_close
@@ -57,20 +76,19 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        last = DONE
+        last = self._dialect.done
         async with aclosing(self._source) as source:
             try:
                 async for item in guarded(source, self._check):
                     await send({"type": "http.response.body", "body": event(item), "more_body": True})
             except LorafleetError as error:
-                last = event(error_body(error))
+                last = event(self._dialect.error(error))
             except grpc.RpcError as error:
-                last = event(error_body(from_upstream(error)))
+                last = event(self._dialect.error(from_upstream(error)))
             except Exception:
                 _logger.exception("unexpected exception in a stream")
-                last = event(error_body(internal()))
-        await send({"type": "http.response.body", "body": last, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                last = event(self._dialect.error(internal()))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 def event(item: Mapping[str, Any]) -> bytes:

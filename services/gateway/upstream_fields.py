@@ -25,6 +25,13 @@ CHAT_FIELDS = {
     **COMPLETION_FIELDS,
     "prompt": "messages",
 }
+LORAX_FIELDS = {
+    "model.adapter": "parameters.adapter_id",
+    "sampling.max_tokens": "parameters.max_new_tokens",
+    "sampling.json_schema": "parameters.response_format",
+    "sampling.": "parameters.",
+    "text": "inputs",
+}
 
 
 def in_http_terms(error: LorafleetError, fields: Mapping[str, str] = COMPLETION_FIELDS) -> LorafleetError:

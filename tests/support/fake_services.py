@@ -61,7 +61,12 @@ class FakeBases(BaseModelServiceServicer):
 
     async def GetBaseModel(self, request: bases.GetBaseModelRequest, context: Context) -> bases.BaseModel:
         assert request.name == BASE
-        return bases.BaseModel(name=BASE, create_time=Timestamp(seconds=BASE_CREATED))
+        quantization = bases.Quantization(compute_dtype="bfloat16")
+        return bases.BaseModel(
+            name=BASE,
+            create_time=Timestamp(seconds=BASE_CREATED),
+            fingerprint=bases.Fingerprint(digest=FINGERPRINT, quantization=quantization),
+        )
 
 
 class FakeFiles(FileServiceServicer):
@@ -256,7 +261,11 @@ class FakeAdapters(AdapterServiceServicer):
 
 @dataclass
 class Script:
-    """How a generation goes: an error at once, or texts, then an error, a halt or an end."""
+    """How a generation goes: an error at once, or texts, then an error, a halt or an end.
+
+    An end token is a token without text. `stop` is the stop string that ended it; `logprobs` has one for each
+    completion, which all of its tokens have.
+    """
 
     refuse: LorafleetError | None = None
     texts: list[str] = field(default_factory=lambda: ["Hello", " world"])
@@ -265,6 +274,9 @@ class Script:
     hang_before_start: bool = False
     pause_seconds: float = 0.0
     reason: gen.FinishReason.ValueType = gen.FinishReason.FINISH_REASON_STOP
+    end_token: bytes | None = None
+    stop: str = ""
+    logprobs: tuple[float, ...] = (-0.5,) * 16
 
 
 class FakeInference(InferenceServiceServicer):
@@ -319,11 +331,15 @@ class FakeInference(InferenceServiceServicer):
             )
         yield gen.GenerateResponse(started=started)
         completions = request.sampling.n or 1
-        for piece in script.texts:
+        tokens = [(text, text.encode()) for text in script.texts]
+        if script.end_token is not None:
+            tokens.append(("", script.end_token))
+        for piece, token in tokens:
             for index in range(completions):
                 delta = gen.Delta(index=index, text=piece)
                 if request.sampling.HasField("logprobs"):
-                    delta.logprobs.append(self._position(piece.encode(), request.sampling.logprobs))
+                    alternatives, logprob = request.sampling.logprobs, script.logprobs[index]
+                    delta.logprobs.append(self._position(token, alternatives, logprob))
                 yield gen.GenerateResponse(delta=delta)
                 await asyncio.sleep(script.pause_seconds)
         if script.fail is not None:
@@ -331,8 +347,8 @@ class FakeInference(InferenceServiceServicer):
         if script.hang:
             await asyncio.sleep(3600)
         for index in range(completions):
-            usage = gen.Usage(prompt_tokens=len(prompt), completion_tokens=len(script.texts))
-            finished = gen.Finished(index=index, reason=script.reason, usage=usage)
+            usage = gen.Usage(prompt_tokens=len(prompt), completion_tokens=len(tokens))
+            finished = gen.Finished(index=index, reason=script.reason, stop=script.stop, usage=usage)
             yield gen.GenerateResponse(finished=finished)
 
     async def Tokenize(self, request: inf.TokenizeRequest, context: Context) -> inf.TokenizeResponse:
@@ -355,7 +371,13 @@ class FakeInference(InferenceServiceServicer):
         return inf.ListResidentResponse(adapters=self.resident)
 
     async def GetStatus(self, request: inf.GetStatusRequest, context: Context) -> inf.EngineStatus:
-        return inf.EngineStatus(base_model=BASE, base_fingerprint_digest=FINGERPRINT, start_time=now())
+        return inf.EngineStatus(
+            base_model=BASE,
+            base_fingerprint_digest=FINGERPRINT,
+            start_time=now(),
+            device="cpu",
+            max_model_len=1024,
+        )
 
     @staticmethod
     def _text(request: gen.GenerateRequest) -> str:
@@ -372,8 +394,8 @@ class FakeInference(InferenceServiceServicer):
         return [bytes([byte]) for byte in text.encode()]
 
     @staticmethod
-    def _position(token: bytes, alternatives: int) -> gen.PositionLogprobs:
-        chosen = gen.TokenLogprob(token_id=token[0], text=token, logprob=-0.5)
+    def _position(token: bytes, alternatives: int, logprob: float = -0.5) -> gen.PositionLogprobs:
+        chosen = gen.TokenLogprob(token_id=token[0] if token else 0, text=token, logprob=logprob)
         others = [
             gen.TokenLogprob(token_id=number, text=b"alt%d" % number, logprob=-1.0 - number)
             for number in range(1, alternatives)

@@ -1,0 +1,1 @@
+"""LoRAX's own routes: `/`, `/generate`, `/generate_stream`, `/info` and `/tokenize`."""
