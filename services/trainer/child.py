@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import Self
 
-from services.trainer.job import Job
+from services.trainer.job_run import JobRun
 from services.trainer.link import FromChild, Order, ToChild, decode_from_child, encode_to_child
 
 PARENT_VARIABLE = "LORAFLEET_JOB_WORKER_PID"
@@ -35,8 +35,8 @@ class JobProcess:
         self._stdout = process.stdout
 
     @classmethod
-    async def start(cls, jobs: Sequence[Job]) -> Self:
-        """Start a process for `jobs`, which train together; its log goes to our standard error."""
+    async def start(cls, runs: Sequence[JobRun]) -> Self:
+        """Start a process for jobs that train together; its log goes to our standard error."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -49,8 +49,8 @@ class JobProcess:
             start_new_session=True,
         )
         child = cls(process)
-        for job in jobs:
-            child._send(ToChild(job=job))
+        for run in runs:
+            child._send(ToChild(job=run.job, traceparent=run.traceparent))
         child._send(ToChild(start=True))
         return child
 

@@ -12,6 +12,7 @@ from services.trainer.child import JobProcess
 from services.trainer.config import TrainerSettings
 from services.trainer.index import StaleLeaseError
 from services.trainer.job import Draft, Facts, JobState, Level
+from services.trainer.job_run import JobRun
 from services.trainer.link import FromChild, Order, Outcome
 from services.trainer.recording import append_patiently
 from services.trainer.telemetry import JobMeasures
@@ -25,8 +26,9 @@ WATCH_SECONDS = 0.25
 class _Seat:
     """One job of the crew."""
 
-    def __init__(self, claim: Claim) -> None:
+    def __init__(self, claim: Claim, run: JobRun) -> None:
         self.claim = claim
+        self.run = run
         self.order: Order | None = None
         self.ordered_at = 0.0
         self.is_closed = False
@@ -45,6 +47,7 @@ class Crew:
         settings: TrainerSettings,
         child: JobProcess,
         claims: Sequence[Claim],
+        runs: Sequence[JobRun],
         *,
         stopping: asyncio.Event,
         measures: JobMeasures,
@@ -57,6 +60,7 @@ class Crew:
             settings: lease and grace times.
             child: a process that was just started.
             claims: one for each job that it runs.
+            runs: the spans of those jobs, in the same order; they end here.
             stopping: set when the service ends.
             measures: takes the figures of the steps.
             let_go: called with each claim once nothing more will be recorded by it.
@@ -64,7 +68,7 @@ class Crew:
         self._book = book
         self._settings = settings
         self._child = child
-        self._seats = {claim.job.id: _Seat(claim) for claim in claims}
+        self._seats = {claim.job.id: _Seat(claim, run) for claim, run in zip(claims, runs, strict=True)}
         self._stopping = stopping
         self._measures = measures
         self._let_go = let_go
@@ -84,8 +88,9 @@ class Crew:
             watch.cancel()
             await asyncio.wait([watch])
             await self._child.wait()
-            for job_id in self._seats:
-                self._measures.forget(job_id)
+            for seat in self._seats.values():
+                self._measures.forget(seat.job_id)
+                seat.run.ended(seat.claim.job)
 
     def _open_seats(self) -> list[_Seat]:
         return [seat for seat in self._seats.values() if not seat.is_closed]
@@ -102,6 +107,7 @@ class Crew:
         except StaleLeaseError:
             await self._lose(seat)
             return
+        seat.run.recorded(message.draft)
         if message.draft.metrics is not None:
             self._measures.note(seat.claim.job, message.draft.metrics)
         self._child.acknowledge(seat.job_id, message.number)
@@ -170,6 +176,7 @@ class Crew:
         except StaleLeaseError:
             _logger.warning("job was taken over by another worker", extra={"job": seat.job_id})
         seat.is_closed = True
+        seat.run.ended(seat.claim.job)
         self._measures.forget(seat.job_id)
         self._measures.ended(seat.claim.job)
         if len(self._seats) == 1:

@@ -13,6 +13,7 @@ from services.common.call_context import call_scope
 from services.common.errors import Internal, LorafleetError, ResourceExhausted
 from services.common.failpoints import failpoint
 from services.common.store import ObjectStore
+from services.common.telemetry import child_of
 from services.trainer.config import TrainerSettings
 from services.trainer.failure import JobFailure
 from services.trainer.job import Job
@@ -122,7 +123,7 @@ class JobGroup:
         """Do a stage of one job; a failure ends that job alone."""
         tenant = self._live[job_id].job.request.tenant
         try:
-            with call_scope(tenant=tenant, request_id=job_id):
+            with call_scope(tenant=tenant, request_id=job_id), child_of(self._lines[job_id].traceparent):
                 await stage()
         except Exception as error:  # noqa: BLE001 - `_end` tells what it means
             self._end(job_id, error)

@@ -255,7 +255,11 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """What was asked for, with every default filled in. Never changes."""
+    """What was asked for, with every default filled in. Never changes.
+
+    Attributes:
+        traceparent: W3C trace context of the call that created it; empty where that was not traced.
+    """
 
     id: str
     tenant: str
@@ -269,6 +273,7 @@ class JobRequest:
     create_time: datetime
     idempotency_key: str = ""
     request_digest: str = ""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,9 +44,14 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ToChild:
-    """One line to the child: first the jobs and the start, then acknowledgements and orders by job."""
+    """One line to the child: first the jobs and the start, then acknowledgements and orders by job.
+
+    Attributes:
+        traceparent: the span of the job's run, which comes with the job.
+    """
 
     job: Job | None = None
+    traceparent: str = ""
     start: bool = False
     job_id: str = ""
     acknowledged: int | None = None
@@ -89,7 +94,9 @@ class WorkerGoneError(Exception):
 class JobLine:
     """One job's part of the child's end. `send` and its like may be called from one thread at a time."""
 
-    def __init__(self, job_id: str, write: Callable[[FromChild], None]) -> None:
+    def __init__(self, job_id: str, write: Callable[[FromChild], None], traceparent: str = "") -> None:
+        """Send with `write`; `traceparent` is the span of the job's run."""
+        self.traceparent = traceparent
         self._job_id = job_id
         self._write = write
         self._changed = threading.Condition()
@@ -165,9 +172,10 @@ class WorkerLink:
         """Return the jobs to run; from then on orders are listened for."""
         jobs = []
         while not (message := _TO_CHILD.validate_json(self._in.readline())).start:
-            assert message.job is not None, "jobs come before the start"
-            jobs.append(message.job)
-        self._lines = {job.id: JobLine(job.id, self._write) for job in jobs}
+            job = message.job
+            assert job is not None, "jobs come before the start"
+            jobs.append(job)
+            self._lines[job.id] = JobLine(job.id, self._write, message.traceparent)
         threading.Thread(target=self._listen, name="worker-link", daemon=True).start()
         return jobs
 

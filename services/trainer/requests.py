@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from lorafleet.registry.v1 import file_pb2
 from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
+from services.common import telemetry
 from services.common.errors import InvalidArgument, NotFound, ResourceExhausted
 from services.common.ids import is_id, new_id
 from services.common.names import adapter_name
@@ -69,6 +70,7 @@ class RequestChecker:
             create_time=datetime.now(UTC),
             idempotency_key=request.idempotency_key,
             request_digest=hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest(),
+            traceparent=telemetry.traceparent(),
         )
         return asked, base
 

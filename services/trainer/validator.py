@@ -11,6 +11,7 @@ from pathlib import Path
 from services.common.call_context import call_scope
 from services.common.errors import DeadlineExceeded, Internal, LorafleetError, Unavailable
 from services.common.failpoints import failpoint
+from services.common.telemetry import child_of
 from services.trainer.bases import BaseCatalog, TrainableBase
 from services.trainer.book import Claim, JobBook, paused
 from services.trainer.config import TrainerSettings
@@ -147,7 +148,7 @@ class Validator:
         try:
             failpoint("validate.before_read")
             base = self._bases.find(request.base_model)
-            with call_scope(tenant=request.tenant, request_id=request.id):
+            with call_scope(tenant=request.tenant, request_id=request.id), child_of(request.traceparent):
                 report = await self._check.run(
                     base,
                     request.training_file,

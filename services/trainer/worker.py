@@ -14,6 +14,7 @@ from services.trainer.crew import Crew
 from services.trainer.failure import JobFailure
 from services.trainer.index import Lane, StaleLeaseError
 from services.trainer.job import Draft, Facts, Job, JobState, Level
+from services.trainer.job_run import JobRun
 from services.trainer.joining import Joining
 from services.trainer.recording import append_patiently
 from services.trainer.telemetry import JobMeasures
@@ -87,7 +88,8 @@ class Worker:
             else:
                 await self._let_go(claim)
         if started:
-            child = await JobProcess.start([claim.job for claim in started])
+            runs = [JobRun(claim.job) for claim in started]
+            child = await JobProcess.start(runs)
             ids = [claim.job.id for claim in started]
             _logger.info("jobs started", extra={"jobs": ids, "child_pid": child.pid})
             crew = Crew(
@@ -95,6 +97,7 @@ class Worker:
                 self._settings,
                 child,
                 started,
+                runs,
                 stopping=self._stopping,
                 measures=self._measures,
                 let_go=self._let_go,
