@@ -42,7 +42,8 @@ ENV PROBE_TARGET=127.0.0.1:7101
 USER lorafleet
 WORKDIR /var/lib/lorafleet
 ENTRYPOINT ["python", "-m"]
-HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=6 \
+# The time-out covers the start of the process that asks, on a machine with much else to do.
+HEALTHCHECK --interval=5s --timeout=20s --start-period=120s --retries=6 \
     CMD ["sh", "-c", "exec python -m services.common.probe \"$PROBE_TARGET\""]
 
 FROM runtime AS light

@@ -31,8 +31,10 @@ TRAINING_ROWS = 24
 CHECKPOINT_STEPS = 10
 PROMPTS = ("item 3\n", "item 17\n")
 ENDED = {"succeeded", "failed", "cancelled"}
-READY_SECONDS = 180.0
-JOB_SECONDS = 600.0
+# Far more than an idle machine takes.
+READY_SECONDS = 900.0
+JOB_SECONDS = 1800.0
+CALL_SECONDS = 120.0
 POLL_SECONDS = 0.5
 
 Json = dict[str, Any]
@@ -65,7 +67,7 @@ class Fleet:
         url = f"http://127.0.0.1:{os.environ['PORT']}/v1"
         self._grpc_target = f"127.0.0.1:{os.environ['GRPC_PORT']}"
         self._api_key = api_key
-        self.client = OpenAI(base_url=url, api_key=api_key, timeout=60)
+        self.client = OpenAI(base_url=url, api_key=api_key, timeout=CALL_SECONDS)
 
     def wait_until_answering(self) -> None:
         """Wait until an adapter's version, a job and a file can be read and the base answers."""
