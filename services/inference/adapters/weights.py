@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class EmbeddingDelta:
         return EmbeddingDelta(change(self.a), change(self.b))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AdapterWeights:
     """One adapter: its updates to the decoder's linear layers, by their names in the base, and to the ends of
     the model.
@@ -107,7 +108,7 @@ class AdapterWeights:
         """Bytes of all tensors, at the true rank of every module."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    @property
+    @cached_property
     def shape_key(self) -> tuple[tuple[str, int, bool, bool], ...]:
         """What two adapters must have in common to be stacked: the same linear layers, at the same ranks, and
         the same vectors. The ends of the model are never stacked.

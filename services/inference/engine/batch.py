@@ -69,8 +69,13 @@ def build_batch(chunks: Items[Chunk], kv: PagedKv, stacks: StackCache | None, de
     """
     decodes = [chunk for chunk in chunks if chunk.length == 1]
     prefills = sorted((chunk for chunk in chunks if chunk.length > 1), key=_adapter_key)
-    runs = _runs(decodes)
-    ordered = [chunk for run in runs for chunk in run.chunks] + prefills
+    if stacks is None:
+        groups: tuple[AdapterGroup, ...] = ()
+        ordered = sorted(decodes, key=_adapter_key) + prefills
+    else:
+        runs = _runs(decodes)
+        groups = _adapter_groups(runs, prefills, stacks)
+        ordered = [chunk for run in runs for chunk in run.chunks] + prefills
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -92,7 +97,7 @@ def build_batch(chunks: Items[Chunk], kv: PagedKv, stacks: StackCache | None, de
         input_ids=torch.tensor([tokens], device=device),
         position_ids=torch.tensor([positions], device=device),
         attention=attention,
-        adapter_groups=() if stacks is None else _adapter_groups(runs, prefills, stacks),
+        adapter_groups=groups,
         logit_rows=torch.tensor(logit_rows, dtype=torch.long, device=device),
         logit_spans=logit_spans,
         embedding_rows=_embedding_rows(ordered),
