@@ -24,6 +24,7 @@ from services.gateway import (
     health,
     key_routes,
     models,
+    upload_routes,
     usage_routes,
 )
 from services.gateway.config import GatewaySettings
@@ -36,6 +37,7 @@ from services.gateway.request_boundary import RequestBoundary
 from services.gateway.rpc_door import rpc_door
 from services.gateway.served_base import ServedBase
 from services.gateway.state import Gateway
+from services.gateway.upload_parts import UploadParts
 from services.gateway.uploads import UploadSpace
 from services.gateway.upstream import Upstream
 from services.gateway.usage import UsageBook
@@ -48,6 +50,7 @@ ROUTERS = (
     embeddings.router,
     lorax.router,
     files.router,
+    upload_routes.router,
     fine_tuning.router,
     adapters.router,
     key_routes.router,
@@ -67,8 +70,8 @@ def create_app(settings: GatewaySettings, store: ObjectStore) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         upstream = Upstream(settings)
         keys = KeyRing(store, settings.key_pepper.get_secret_value(), settings.key_cache_seconds)
-        usage = UsageBook(store)
-        async with limiter(settings) as limits, usage.kept():
+        usage, parts = UsageBook(store), UploadParts(store)
+        async with limiter(settings) as limits, usage.kept(), parts.swept():
             meter = Meter(limits, usage)
             app.state.gateway = Gateway(
                 settings=settings,
@@ -76,6 +79,7 @@ def create_app(settings: GatewaySettings, store: ObjectStore) -> FastAPI:
                 keys=keys,
                 served_base=ServedBase(upstream.inference),
                 uploads=UploadSpace(settings.max_file_bytes, settings.max_concurrent_uploads),
+                upload_parts=parts,
                 meter=meter,
                 usage=usage,
             )

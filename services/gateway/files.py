@@ -30,7 +30,7 @@ from services.gateway.errors import from_upstream
 from services.gateway.keys import Scope
 from services.gateway.paging import all_items, in_memory, page_after, page_size
 from services.gateway.state import Gateway, gateway_of
-from services.gateway.uploads import Upload
+from services.gateway.uploads import ReceivedFile
 from services.gateway.upstream_fields import in_http_terms
 
 router = APIRouter(dependencies=[Depends(requires(Scope.FILES))])
@@ -49,16 +49,12 @@ _PURPOSE_NAMES = {number: name for name, number in _PURPOSES.items()}
 async def create_file(request: Request) -> dict[str, Any]:
     """Store an uploaded file; `purpose` must be `fine-tune`."""
     gateway = gateway_of(request)
-    async with gateway.uploads.receive(request) as upload:
-        unknown = sorted(set(upload.fields) - {"purpose"})
-        if unknown:
-            raise InvalidArgument(
-                "unsupported_parameter", f"{unknown[0]} is not supported here", field=unknown[0]
-            )
+    async with gateway.uploads.receive(request, files={"file": None}, fields={"purpose"}) as form:
+        file = form.file("file")
         header = CreateFileHeader(
-            filename=upload.filename, purpose=_upload_purpose(upload), digest=upload.digest
+            filename=file.filename, purpose=upload_purpose(form.fields.get("purpose")), digest=file.digest
         )
-        return file_object(await while_connected(request, _send(gateway, header, upload)))
+        return file_object(await while_connected(request, _send(gateway, header, file)))
 
 
 @router.get("/v1/files")
@@ -121,10 +117,10 @@ def file_object(file: File) -> dict[str, Any]:
     }
 
 
-async def _send(gateway: Gateway, header: CreateFileHeader, upload: Upload) -> File:
+async def _send(gateway: Gateway, header: CreateFileHeader, file: ReceivedFile) -> File:
     async def messages() -> AsyncIterator[CreateFileRequest]:
         yield CreateFileRequest(header=header)
-        async for chunk in upload.chunks():
+        async for chunk in file.chunks():
             yield CreateFileRequest(data=chunk)
 
     try:
@@ -140,10 +136,11 @@ async def _bytes_of(responses: AsyncIterator[DownloadFileResponse]) -> AsyncGene
         yield response.data
 
 
-def _upload_purpose(upload: Upload) -> FilePurpose.ValueType:
-    if "purpose" not in upload.fields:
+def upload_purpose(text: str | None) -> FilePurpose.ValueType:
+    """Return the purpose of a file that a client sends; the services make the others."""
+    if text is None:
         raise InvalidArgument("missing_required_parameter", "purpose is required", field="purpose")
-    purpose = _purpose(upload.fields["purpose"])
+    purpose = _purpose(text)
     if purpose != FilePurpose.FILE_PURPOSE_FINE_TUNE:
         raise InvalidArgument("invalid_value", "purpose must be fine-tune", field="purpose")
     return purpose

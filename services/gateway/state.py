@@ -10,6 +10,7 @@ from services.gateway.config import GatewaySettings
 from services.gateway.keys import KeyRing
 from services.gateway.metering import Meter
 from services.gateway.served_base import ServedBase
+from services.gateway.upload_parts import UploadParts
 from services.gateway.uploads import UploadSpace
 from services.gateway.upstream import Upstream
 from services.gateway.usage import UsageBook
@@ -24,6 +25,7 @@ class Gateway:
     keys: KeyRing
     served_base: ServedBase
     uploads: UploadSpace
+    upload_parts: UploadParts
     meter: Meter
     usage: UsageBook
 

@@ -96,7 +96,7 @@ def test_the_purpose_may_come_after_the_file(gateway: GatewayUnderTest, http: ht
         ({"file": ("a", b"x")}, {}, (400, "missing_required_parameter", "purpose")),
         ({"file": ("a", b"x")}, {"purpose": "vision"}, (400, "invalid_value", "purpose")),
         ({"file": ("a", b"x")}, {"purpose": "fine-tune-results"}, (400, "invalid_value", "purpose")),
-        ({"other": ("a", b"x")}, {"purpose": "fine-tune"}, (400, "missing_required_parameter", "file")),
+        ({"other": ("a", b"x")}, {"purpose": "fine-tune"}, (400, "unsupported_parameter", "other")),
         (
             {"file": ("a", b"x")},
             {"purpose": "fine-tune", "expires_after[seconds]": "1"},

@@ -74,6 +74,7 @@ class FakeFiles(FileServiceServicer):
 
     def __init__(self, limit_bytes: int = 1 << 20) -> None:
         self.stored: dict[tuple[str, str], tuple[files.File, bytes]] = {}
+        self.open: dict[tuple[str, str], tuple[files.StartUploadRequest, bytearray]] = {}
         self.limit_bytes = limit_bytes
         self.largest_message_bytes = 0
 
@@ -128,6 +129,55 @@ class FakeFiles(FileServiceServicer):
         self._entry(request.file_id)
         del self.stored[current_tenant(), request.file_id]
         return files.DeleteFileResponse()
+
+    async def StartUpload(self, request: files.StartUploadRequest, context: Context) -> files.Upload:
+        if request.size_bytes > self.limit_bytes:
+            raise ResourceExhausted("too_large", "the file is too large", field="size_bytes")
+        upload_id = new_id("upload")
+        self.open[current_tenant(), upload_id] = request, bytearray()
+        end = Timestamp(seconds=int(time.time()) + 3600)
+        return files.Upload(id=upload_id, size_bytes=request.size_bytes, expire_time=end)
+
+    async def AppendUpload(
+        self, request_iterator: AsyncIterator[files.AppendUploadRequest], context: Context
+    ) -> files.Upload:
+        async for request in request_iterator:
+            started, data = self._open(request.upload_id)
+            assert data[request.offset : request.offset + len(request.data)] in (b"", request.data)
+            data[request.offset :] = request.data
+        return files.Upload(id=request.upload_id, committed_bytes=len(data), size_bytes=started.size_bytes)
+
+    async def CompleteUpload(self, request: files.CompleteUploadRequest, context: Context) -> files.File:
+        file_id = "file-" + request.upload_id.removeprefix("upload-")
+        if (current_tenant(), file_id) in self.stored:
+            return self.stored[current_tenant(), file_id][0]
+        started, data = self._open(request.upload_id)
+        assert len(data) == started.size_bytes
+        assert request.digest == "sha256:" + hashlib.sha256(data).hexdigest()
+        made = files.File(
+            id=file_id,
+            filename=started.header.filename,
+            purpose=started.header.purpose,
+            size_bytes=len(data),
+            digest=request.digest,
+            create_time=now(),
+        )
+        self.stored[current_tenant(), file_id] = (made, bytes(data))
+        del self.open[current_tenant(), request.upload_id]
+        return made
+
+    async def CancelUpload(
+        self, request: files.CancelUploadRequest, context: Context
+    ) -> files.CancelUploadResponse:
+        self._open(request.upload_id)
+        del self.open[current_tenant(), request.upload_id]
+        return files.CancelUploadResponse()
+
+    def _open(self, upload_id: str) -> tuple[files.StartUploadRequest, bytearray]:
+        entry = self.open.get((current_tenant(), upload_id))
+        if entry is None:
+            raise NotFound("upload_not_found", "no such upload", field="upload_id")
+        return entry
 
     def _entry(self, file_id: str) -> tuple[files.File, bytes]:
         entry = self.stored.get((current_tenant(), file_id))

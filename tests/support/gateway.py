@@ -31,6 +31,8 @@ from services.gateway.app import create_app
 from services.gateway.config import GatewaySettings
 from services.gateway.keys import KeyRing, Scope
 from services.gateway.server import bind
+from services.registry.config import RegistrySettings
+from services.registry.service import SERVICES, Registry
 from tests.support.fake_services import FakeAdapters, FakeBases, FakeFiles, FakeInference, FakeTrainer
 
 PEPPER = "a pepper for tests, long enough"
@@ -69,8 +71,10 @@ class GatewayUnderTest:
 
 
 @contextmanager
-def running_gateway(folder: Path, **changes: Any) -> Iterator[GatewayUnderTest]:
-    """Run everything; `changes` are settings of the gateway."""
+def running_gateway(
+    folder: Path, *, registry: RegistrySettings | None = None, **changes: Any
+) -> Iterator[GatewayUnderTest]:
+    """Run everything; `changes` are settings of the gateway. With `registry` a real one stands behind it."""
     started = threading.Event()
     made: list[GatewayUnderTest] = []
     ends: list[Callable[[], object]] = []
@@ -78,7 +82,7 @@ def running_gateway(folder: Path, **changes: Any) -> Iterator[GatewayUnderTest]:
 
     def run() -> None:
         try:
-            asyncio.run(_serve(folder, changes, made, ends, started))
+            asyncio.run(_serve(folder, registry, changes, made, ends, started))
         except BaseException as error:  # noqa: BLE001 - handed to the test's thread below
             failures.append(error)
             started.set()
@@ -112,6 +116,7 @@ class _Server(uvicorn.Server):
 
 async def _serve(
     folder: Path,
+    registry: RegistrySettings | None,
     changes: dict[str, Any],
     made: list[GatewayUnderTest],
     ends: list[Callable[[], object]],
@@ -133,6 +138,13 @@ async def _serve(
     targets = {name: str(await host.start()) for name, host in hosts.items()}
     for host in hosts.values():
         await host.ready()
+    if registry is not None:
+        hosts["registry"] = ServiceHost(registry, SERVICES)
+        real = Registry(registry)
+        await real.register(hosts["registry"])
+        await real.probe()
+        targets["registry"] = str(await hosts["registry"].start())
+        await registry_host.stop(grace_seconds=0)
     store = DirectoryStore(folder / "store")
     settings = GatewaySettings(
         **{
