@@ -63,6 +63,7 @@ def main() -> None:
 async def steady(addresses: Addresses, options: argparse.Namespace) -> dict[str, Any]:
     """Ask both doors in turns at a fixed rate; return what the gateway adds."""
     times: dict[tuple[str, str], list[float]] = {}
+    busy_seconds: dict[bool, float] = {False: 0.0, True: 0.0}
     async with both_doors(addresses) as doors:
         for door in doors:
             await at_rate(door, options.rate, WARM_UP_REQUESTS, options.tokens, stream=True)
@@ -70,8 +71,10 @@ async def steady(addresses: Addresses, options: argparse.Namespace) -> dict[str,
             for stream in (False, True):
                 for door in doors:
                     number = int(options.rate * options.seconds / 2)
+                    before = cpu_seconds()
                     answers = await at_rate(door, options.rate, number, options.tokens, stream=stream)
                     assert all(answer.status == "ok" for answer in answers), answers
+                    busy_seconds[stream] += cpu_seconds() - before if door.name == "gateway" else 0.0
                     whole = [answer.whole_seconds for answer in answers]
                     times.setdefault((door.name, f"whole, stream={stream}"), []).extend(whole)
                     if stream:
@@ -88,6 +91,9 @@ async def steady(addresses: Addresses, options: argparse.Namespace) -> dict[str,
             row[f"added_{name}_ms"] = milliseconds(added)
         row["within_target"] = (
             row["added_p50_ms"] <= TARGET_ADDED_P50_MS and row["added_p99_ms"] <= TARGET_ADDED_P99_MS
+        )
+        row["gateway_cpu_ms_per_request"] = milliseconds(
+            busy_seconds[what != "whole, stream=False"] / len(gateway)
         )
         report[what] = row
         print(f"{what:20} {row}", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -125,6 +126,21 @@ class GenerationGroup:
 
     async def events(self) -> AsyncGenerator[Event]:
         """Yield the events of all calls as they come; a failure of one ends them all."""
+        try:
+            async with aclosing(self._merged()) as merged:
+                async for item in merged:
+                    self._count(*item)
+                    yield item
+        finally:
+            self.cancel()
+
+    async def _merged(self) -> AsyncGenerator[Event]:
+        if len(self._generations) == 1:
+            # The common case: no queue and no task stand between the call and whoever reads it.
+            async with aclosing(self._generations[0].events()) as events:
+                async for event in events:
+                    yield 0, event
+            return
         queue: asyncio.Queue[Event | LorafleetError | None] = asyncio.Queue(_EVENTS_AHEAD)
         pumps = [
             asyncio.create_task(_pump(number, generation, queue))
@@ -139,13 +155,11 @@ class GenerationGroup:
                 elif isinstance(item, LorafleetError):
                     raise item
                 else:
-                    self._count(*item)
                     yield item
         finally:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            self.cancel()
 
     def cancel(self) -> None:
         """End all calls, and settle for what they have used."""

@@ -35,29 +35,50 @@ def key_check(keys: KeyRing, key: str | None) -> Check:
 async def guarded(source: AsyncIterator[ItemT], check: Check) -> AsyncGenerator[ItemT]:
     """Yield the items of `source`, asking `check` every `CHECK_SECONDS`, whether items come or not.
 
+    The asking is a task of its own, which interrupts the wait for an item: a task for each item instead would
+    cost more than all else that is done with it.
+
     Raises:
         Unauthenticated: what `check` raises; the item that was waited for is given up.
     """
-    loop = asyncio.get_running_loop()
-    check_at = loop.time() + CHECK_SECONDS
-    waiting: asyncio.Future[ItemT] | None = None
+    waiting: asyncio.Task[object] | None = None
+    is_interrupted = False
+
+    def interrupt(_: asyncio.Task[None]) -> None:
+        nonlocal is_interrupted
+        if waiting is not None:
+            is_interrupted = waiting.cancel()
+
+    checking = asyncio.create_task(_keep_asking(check))
+    checking.add_done_callback(interrupt)
     try:
         while True:
-            if waiting is None:
-                waiting = asyncio.ensure_future(anext(source))
-            await asyncio.wait({waiting}, timeout=max(0.0, check_at - loop.time()))
-            if loop.time() >= check_at:
-                await check()
-                check_at = loop.time() + CHECK_SECONDS
-            if waiting.done():
-                done, waiting = waiting, None
-                try:
-                    item = done.result()
-                except StopAsyncIteration:
-                    return
-                yield item
+            _raise_what_ended(checking)
+            waiting = asyncio.current_task()
+            assert waiting is not None, "generators are iterated by tasks"
+            try:
+                item = await anext(source)
+            except StopAsyncIteration:
+                return
+            except asyncio.CancelledError:
+                # It may be ours, or come from whoever wants this stream to end, or both.
+                if is_interrupted and not waiting.uncancel():
+                    checking.result()
+                raise
+            finally:
+                waiting = None
+            yield item
     finally:
-        if waiting is not None:
-            waiting.cancel()
-            with suppress(asyncio.CancelledError, StopAsyncIteration):
-                await waiting
+        checking.cancel()
+
+
+async def _keep_asking(check: Check) -> None:
+    """Ask for ever; end only by what `check` raises."""
+    while True:
+        await asyncio.sleep(CHECK_SECONDS)
+        await check()
+
+
+def _raise_what_ended(checking: asyncio.Task[None]) -> None:
+    if checking.done():
+        checking.result()
