@@ -177,6 +177,9 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         shutil.copytree(folder / ON_DISK, folder / CACHE, copy_function=os.link)
         settings = settings_of(options, folder, mean_bytes, target)
         base = await asyncio.to_thread(load, settings)
+        # As the service does.
+        gc.collect()
+        gc.freeze()
         for source in sources:
             base.sources.note(source)
         print(f"published {len(adapters)} adapters of {mean_bytes / 1e6:.2f} MB on average", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 
@@ -27,10 +28,14 @@ _HEALTH_INTERVAL_SECONDS = 1.0
 
 
 class InferenceService:
-    """Brings the service up on a host that listens already, and takes it down with it."""
+    """Brings the service up on a host that listens already, and takes it down with it.
 
-    def __init__(self, settings: InferenceSettings) -> None:
+    With `owns_process` the garbage collector is told that what is loaded stays.
+    """
+
+    def __init__(self, settings: InferenceSettings, *, owns_process: bool = False) -> None:
         self._settings = settings
+        self._owns_process = owns_process
         self._startup = Startup()
         self._work: asyncio.Task[None] | None = None
         self.failed = False
@@ -54,6 +59,10 @@ class InferenceService:
 
     async def _serve(self, host: ServiceHost) -> None:
         base = await asyncio.to_thread(load, self._settings)
+        if self._owns_process:
+            # Else every full collection looks at all of torch and transformers again, while the engine waits.
+            gc.collect()
+            gc.freeze()
         async with open_channel(
             self._settings.registry_target,
             idempotent_methods=IDEMPOTENT_METHODS,
@@ -87,6 +96,6 @@ async def _until_unhealthy(runtime: Runtime) -> None:
 
 async def run(settings: InferenceSettings) -> int:
     """Serve until SIGTERM, or until the base cannot be loaded or the engine fails; return the exit code."""
-    service = InferenceService(settings)
+    service = InferenceService(settings, owns_process=True)
     exit_code = await server.serve("inference", settings, service.register, services=[SERVICE])
     return EXIT_FAILED if service.failed else exit_code
