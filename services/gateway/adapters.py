@@ -12,6 +12,9 @@ from starlette.requests import Request
 
 from lorafleet.inference.v1.inference_service_pb2 import ListResidentRequest, ResidentAdapter
 from lorafleet.registry.v1.adapter_pb2 import (
+    DeleteAdapterRequest,
+    DeleteAliasRequest,
+    DeleteVersionRequest,
     GetAdapterRequest,
     ListAdaptersRequest,
     ListAliasesRequest,
@@ -22,6 +25,7 @@ from lorafleet.registry.v1.adapter_pb2 import (
     SetAliasRequest,
 )
 from services.common.errors import Code
+from services.gateway.adapter_files import VersionNumber, version_object
 from services.gateway.auth import requires
 from services.gateway.errors import from_upstream
 from services.gateway.json_body import Body, json_body
@@ -94,13 +98,23 @@ async def list_versions(
     page = await page_after(
         versions, lambda version: f"{version.adapter}:{version.version}", after=after, limit=limit
     )
-    return page.object(
-        lambda version: {
-            "id": f"{version.adapter}:{version.version}",
-            "object": "adapter.version",
-            **plain(version),
-        }
+    return page.object(version_object)
+
+
+@router.delete("/{name}")
+async def delete_adapter(request: Request, name: str) -> dict[str, Any]:
+    """Delete an adapter with all of its versions and aliases; running requests finish."""
+    await gateway_of(request).upstream.adapters.DeleteAdapter(DeleteAdapterRequest(adapter=name))
+    return {"id": name, "object": "adapter", "deleted": True}
+
+
+@router.delete("/{name}/versions/{version}")
+async def delete_version(request: Request, name: str, version: VersionNumber) -> dict[str, Any]:
+    """Delete one version; running requests finish on it, and its number is not used again."""
+    await gateway_of(request).upstream.adapters.DeleteVersion(
+        DeleteVersionRequest(adapter=name, version=version)
     )
+    return {"id": f"{name}:{version}", "object": "adapter.version", "deleted": True}
 
 
 @router.get("/{name}/aliases")
@@ -137,6 +151,13 @@ async def roll_alias_back(
         RollbackAliasRequest(adapter=name, alias=alias, expected_generation=body.expected_generation)
     )
     return {"object": "adapter.alias", **plain(moved)}
+
+
+@router.delete("/{name}/aliases/{alias}")
+async def delete_alias(request: Request, name: str, alias: str) -> dict[str, Any]:
+    """Delete an alias; the version stays."""
+    await gateway_of(request).upstream.adapters.DeleteAlias(DeleteAliasRequest(adapter=name, alias=alias))
+    return {"id": f"{name}@{alias}", "object": "adapter.alias", "deleted": True}
 
 
 @router.get("/{name}/aliases/{alias}/history")

@@ -14,8 +14,10 @@ from starlette.exceptions import HTTPException
 from services.common.errors import LorafleetError
 from services.common.store import ObjectStore
 from services.gateway import (
+    adapter_files,
     adapters,
     chat,
+    compare,
     completions,
     embeddings,
     errors,
@@ -53,6 +55,8 @@ ROUTERS = (
     upload_routes.router,
     fine_tuning.router,
     adapters.router,
+    adapter_files.router,
+    compare.router,
     key_routes.router,
     usage_routes.router,
 )

@@ -194,6 +194,7 @@ class FakeAdapters(AdapterServiceServicer):
         self.versions: dict[tuple[str, str], list[reg.AdapterVersion]] = {}
         self.history: dict[tuple[str, str, str], list[reg.Alias]] = {}
         self.resolved: list[str] = []
+        self.contents: dict[str, dict[str, bytes]] = {}
 
     def publish(
         self, name: str, *, tenant: str = "default", fingerprint: str = FINGERPRINT
@@ -301,6 +302,50 @@ class FakeAdapters(AdapterServiceServicer):
     ) -> reg.ListAliasHistoryResponse:
         moves = self.history.get((current_tenant(), request.adapter, request.alias), [])
         return reg.ListAliasHistoryResponse(moves=moves[::-1])
+
+    async def PublishVersion(
+        self, request_iterator: AsyncIterator[reg.PublishVersionRequest], context: Context
+    ) -> reg.AdapterVersion:
+        header, files = reg.PublishVersionHeader(), dict[str, bytes]()
+        async for request in request_iterator:
+            if request.WhichOneof("message") == "header":
+                header = request.header
+            else:
+                files[request.chunk.file] = files.get(request.chunk.file, b"") + request.chunk.data
+        adapter_name(header.adapter)
+        for file in header.files:
+            assert file.digest == "sha256:" + hashlib.sha256(files[file.name]).hexdigest()
+        made = self.publish(
+            header.adapter, tenant=current_tenant(), fingerprint=header.base_fingerprint_digest
+        )
+        made.files.extend(header.files)
+        made.card.CopyFrom(header.card)
+        self.contents[made.digest] = files
+        return made
+
+    async def DownloadVersion(
+        self, request: reg.DownloadVersionRequest, context: Context
+    ) -> AsyncIterator[reg.DownloadVersionResponse]:
+        version = self.resolve(request.ref, current_tenant())
+        yield reg.DownloadVersionResponse(data=self.contents[version.digest][request.file])
+
+    async def DeleteAdapter(
+        self, request: reg.DeleteAdapterRequest, context: Context
+    ) -> reg.DeleteAdapterResponse:
+        self._adapter(request.adapter)
+        del self.adapters[current_tenant(), request.adapter]
+        del self.versions[current_tenant(), request.adapter]
+        return reg.DeleteAdapterResponse()
+
+    async def DeleteVersion(self, request: reg.DeleteVersionRequest, context: Context) -> reg.AdapterVersion:
+        version = self.resolve(f"{request.adapter}:{request.version}", current_tenant())
+        self.versions[current_tenant(), request.adapter].remove(version)
+        return version
+
+    async def DeleteAlias(self, request: reg.DeleteAliasRequest, context: Context) -> reg.DeleteAliasResponse:
+        if self.history.pop((current_tenant(), request.adapter, request.alias), None) is None:
+            raise NotFound("alias_not_found", "no such alias", field="alias")
+        return reg.DeleteAliasResponse()
 
     def _adapter(self, name: str) -> reg.Adapter:
         adapter = self.adapters.get((current_tenant(), name))
