@@ -16,11 +16,14 @@ export UP=${UP:-up -d --build --wait}
 export COMPOSE_PROJECT_NAME=${COMPOSE_PROJECT_NAME:-lorafleet-check}
 export COMPOSE_PROFILES=cpu
 export PORT=${PORT:-18000} GRPC_PORT=${GRPC_PORT:-18001}
+export TRAINER_THREADS=${TRAINER_THREADS:-1} INFERENCE_THREADS=${INFERENCE_THREADS:-1}
 # The environment goes before .env, so that a person's own fleet is neither met nor needed.
 export STORE_ACCESS_KEY=lorafleet STORE_SECRET_KEY REDIS_PASSWORD KEY_PEPPER GRAFANA_PASSWORD
 STORE_SECRET_KEY=$(secret) REDIS_PASSWORD=$(secret) KEY_PEPPER=$(secret) GRAFANA_PASSWORD=$(secret)
 unset STORE_URL OTLP_ENDPOINT
 
-trap '$COMPOSE down -v' EXIT
+# What failed is of use only with what the containers said.
+trap 'status=$?; [ $status = 0 ] || $COMPOSE logs --tail 60 || true; $COMPOSE down -v; exit $status' EXIT
 $COMPOSE $UP
+echo "$(date +%T) built and up after $SECONDS s"
 "${PYTHON:-.venv/bin/python}" -m tests.deploy.compose_check --compose "$COMPOSE" --up "$UP"
