@@ -27,6 +27,8 @@ _METRICS_BY_TYPE = {
     ("exact_match", "text_to_sql"): "sql_match",
     ("exact_match", "maths"): "numeric",
     ("accuracy", "multiple_choice"): "choice_letter",
+    # Generated programs are not run here; their text is compared instead.
+    ("pass_at_1", "code"): "rouge_l",
 }
 
 

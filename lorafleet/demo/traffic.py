@@ -112,7 +112,7 @@ class Traffic:
             async with gate:
                 return await self.ask(ask)
 
-        return await _together(gated(ask) for ask in asks)
+        return await together(gated(ask) for ask in asks)
 
     async def keep_asking(self, asks: Sequence[Ask], *, at_once: int, seconds: float) -> Round:
         """Keep `at_once` completions going for `seconds`, round and round.
@@ -137,13 +137,13 @@ class Traffic:
                     await asyncio.sleep(_FAILURE_PAUSE_SECONDS)
             return last_error
 
-        errors = [error for error in await _together(stream() for _ in range(at_once)) if error]
+        errors = [error for error in await together(stream() for _ in range(at_once)) if error]
         if errors and not came.answers:
             raise errors[-1]
         return came
 
 
-async def _together(coroutines: Iterable[Coroutine[None, None, ResultT]]) -> list[ResultT]:
+async def together(coroutines: Iterable[Coroutine[None, None, ResultT]]) -> list[ResultT]:
     """Run all at the same time; the first failure ends the others and is raised as it is."""
     try:
         async with asyncio.TaskGroup() as group:

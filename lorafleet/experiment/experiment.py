@@ -1,4 +1,4 @@
-"""An experiment's story: submit, follow, tabulate. Stopped and started again, it goes on where it was."""
+"""Has runs carried out: submit, follow. Stopped and started again, it goes on where it was."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from lorafleet.api import ApiError, Json
 from lorafleet.experiment.executor import Executor, RunState
 from lorafleet.experiment.ledger import Ledger
 from lorafleet.experiment.plan import Cell
-from lorafleet.experiment.table import Line, line_of
 
 _POLL_SECONDS = 1.0
 # A service that was killed is back well within this time.
-_PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = 300.0
 # Refusals that have nothing to do with the run.
-_EVERY_RUN = frozenset({"invalid_api_key", "permission_denied"})
+EVERY_RUN = frozenset({"invalid_api_key", "permission_denied"})
 _REFUSED = "refused"
 
 ResultT = TypeVar("ResultT")
@@ -41,10 +40,10 @@ def run_experiment(
     runs_at_once: int,
     show: Callable[[Standing], None],
     pause: Callable[[float], None] = time.sleep,
-) -> list[Line]:
-    """Carry out all runs, and return the table's lines in the order of `cells`.
+) -> list[Json]:
+    """Carry out all runs, and return how each ended, in the order of `cells`.
 
-    A run that fails is a line with its error; the others go on.
+    A run that fails has an outcome with its error; the others go on.
 
     Raises:
         ApiError: the fleet refused something other than a run, or did not answer for minutes.
@@ -66,7 +65,7 @@ def run_experiment(
         show(Standing(len(cells) - len(waiting) - len(under_way), len(cells), running))
         if under_way:
             pause(_POLL_SECONDS)
-    return [line_of(cell, ledger.outcome(cell.digest) or {}) for cell in cells]
+    return [ledger.outcome(cell.digest) or {} for cell in cells]
 
 
 def _is_done(outcome: Json | None) -> bool:
@@ -86,7 +85,7 @@ def _submit(cell: Cell, executor: Executor, ledger: Ledger) -> bool:
     try:
         run_id = executor.submit(cell, files)
     except ApiError as error:
-        if error.is_passing or error.code in _EVERY_RUN:
+        if error.is_passing or error.code in EVERY_RUN:
             raise
         ledger.ended(cell.digest, {"status": _REFUSED, "error": {"code": error.code, "message": str(error)}})
         return False
@@ -113,6 +112,6 @@ class _Patience:
             try:
                 return attempt()
             except ApiError as error:
-                if not error.is_passing or time.monotonic() - began_at > _PATIENCE_SECONDS:
+                if not error.is_passing or time.monotonic() - began_at > PATIENCE_SECONDS:
                     raise
             self._pause(_POLL_SECONDS)

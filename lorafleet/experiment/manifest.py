@@ -73,10 +73,12 @@ class Manifest(_Part):
         train_rows: most training rows of a task; absent: all.
         test_rows: most test rows of a task, 1 to 1,000.
         runs_at_once: most runs that are handed to the fleet at a time.
+        requests_at_once: most requests that the served models answer at a time.
+        retry_collapsed: what a second run of a collapsed one changes of its recipe; absent: no second run.
     """
 
     name: Name
-    data: Path
+    data: Path = Path()
     bases: Annotated[list[Name], Field(min_length=1, max_length=64)]
     tasks: Annotated[list[TaskChoice], Field(min_length=1, max_length=1024)]
     recipes: Annotated[dict[Name, Recipe], Field(min_length=1, max_length=64)]
@@ -84,6 +86,8 @@ class Manifest(_Part):
     train_rows: Annotated[int, Field(ge=1)] | None = None
     test_rows: Annotated[int, Field(ge=1, le=1000)] = 100
     runs_at_once: Annotated[int, Field(ge=1, le=1024)] = 32
+    requests_at_once: Annotated[int, Field(ge=1, le=1024)] = 32
+    retry_collapsed: Recipe | None = None
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -102,11 +106,15 @@ class Manifest(_Part):
         return value
 
 
-def load_manifest(path: Path) -> Manifest:
+def load_manifest(path: Path, *, data: Path | None = None) -> Manifest:
     """Read a manifest; its `data` folder comes back absolute.
 
+    Args:
+        data: folder of tasks in place of the manifest's, relative to where we are.
+
     Raises:
-        ManifestError: it cannot be read, is no YAML, or a field is missing, unknown or out of range.
+        ManifestError: it cannot be read, is no YAML, a field is missing, unknown or out of range, or it
+            names no data folder and none is given.
     """
     try:
         text = path.read_bytes()
@@ -122,5 +130,7 @@ def load_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()]
         raise ManifestError(f"{path}: " + "; ".join(lines)) from error
-    data = (path.parent / manifest.data.expanduser()).resolve()
-    return manifest.model_copy(update={"data": data})
+    if data is None and "data" not in manifest.model_fields_set:
+        raise ManifestError(f"{path}: data: the manifest names no folder of tasks; give one with --data")
+    folder = path.parent / manifest.data.expanduser() if data is None else data.expanduser()
+    return manifest.model_copy(update={"data": folder.resolve()})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 from lorafleet.experiment.manifest import Manifest, ManifestError, Recipe
 from lorafleet.tasks import Task, load_tasks
@@ -23,6 +23,7 @@ class Cell:
     Attributes:
         key: names the run within the experiment, `BASE/TASK/RECIPE`.
         adapter: the adapter that it becomes a version of.
+        retry_of: the recipe whose collapsed run this one repeats; empty for a first run.
     """
 
     base: str
@@ -31,6 +32,7 @@ class Cell:
     recipe: Recipe
     seed: int
     adapter: str
+    retry_of: str = ""
 
     @property
     def key(self) -> str:
@@ -48,13 +50,16 @@ class Cell:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-def plan(manifest: Manifest) -> list[Cell]:
-    """Return the runs of `manifest`, task by task.
+def plan(manifest: Manifest, bases: Collection[str] = ()) -> list[Cell]:
+    """Return the runs of `manifest`, task by task; those on `bases` alone where some are given.
 
     Raises:
-        ManifestError: too many runs, or two of them would be versions of one adapter.
+        ManifestError: too many runs, two of them would be versions of one adapter, or a base is not in it.
         TaskError: a task cannot be used.
     """
+    unknown = sorted(set(bases) - set(manifest.bases))
+    if unknown:
+        raise ManifestError(f"{', '.join(unknown)} is not among the bases {', '.join(manifest.bases)}")
     count = len(manifest.bases) * len(manifest.tasks) * len(manifest.recipes)
     if count > _MAX_RUNS:
         raise ManifestError(f"the manifest makes {count:,} runs; at most {_MAX_RUNS:,} are taken")
@@ -67,7 +72,22 @@ def plan(manifest: Manifest) -> list[Cell]:
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ManifestError(f"more than one run would make the adapter {min(twice)}; rename a task or recipe")
-    return cells
+    return [cell for cell in cells if not bases or cell.base in bases]
+
+
+def retry_of(cell: Cell, change: Recipe) -> Cell:
+    """Return the second run of a collapsed one: another seed, and `change` over its recipe."""
+    recipe = Recipe.model_validate(
+        cell.recipe.model_dump(exclude_none=True) | change.model_dump(exclude_none=True)
+    )
+    return replace(
+        cell,
+        recipe_name=f"{cell.recipe_name}-retry",
+        recipe=recipe,
+        seed=cell.seed + 1,
+        adapter=_fitting(f"{cell.adapter}-retry"),
+        retry_of=cell.recipe_name,
+    )
 
 
 def _tasks(manifest: Manifest) -> Iterator[Task]:
@@ -87,7 +107,10 @@ def _adapter_name(manifest: Manifest, base: str, task: Task, recipe: str) -> str
         parts.append(base)
     if len(manifest.recipes) > 1:
         parts.append(recipe)
-    name = "-".join(parts).replace("_", "-").replace(".", "-")
+    return _fitting("-".join(parts).replace("_", "-").replace(".", "-"))
+
+
+def _fitting(name: str) -> str:
     if len(name) <= _MAX_ADAPTER_NAME:
         return name
     mark = hashlib.sha256(name.encode("ascii")).hexdigest()[:8]

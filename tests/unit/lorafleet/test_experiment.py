@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +13,8 @@ from lorafleet.api import ApiError, Json
 from lorafleet.experiment.executor import RunFiles, RunState
 from lorafleet.experiment.experiment import Standing, run_experiment
 from lorafleet.experiment.ledger import Ledger, LedgerError
-from lorafleet.experiment.manifest import ManifestError, load_manifest
-from lorafleet.experiment.plan import Cell, plan
-from lorafleet.experiment.plot import write_plot
-from lorafleet.experiment.table import COLUMNS, as_csv, as_json, line_of
+from lorafleet.experiment.manifest import ManifestError, Recipe, load_manifest
+from lorafleet.experiment.plan import Cell, plan, retry_of
 
 MANIFEST = """
 name: trial
@@ -198,7 +194,7 @@ def run(cells: Sequence[Cell], place: Place, path: Path, shown: list[Standing] |
 def test_all_runs_end_in_the_table(manifest: Path, tmp_path: Path) -> None:
     cells, place, shown = cells_of(manifest), Place(), list[Standing]()
     lines = run(cells, place, tmp_path / "ledger", shown)
-    assert [line.model for line in lines] == [f"ft:{cell.adapter}" for cell in cells]
+    assert [line["fine_tuned_model"] for line in lines] == [f"ft:{cell.adapter}" for cell in cells]
     assert place.most_at_once == 2
     assert [s.ended for s in shown] == sorted(s.ended for s in shown)
     assert (shown[-1].ended, shown[-1].running) == (4, ())
@@ -228,13 +224,12 @@ def test_what_passes_is_waited_for_and_what_does_not_is_a_line(manifest: Path, t
     gone = ApiError("cannot be reached", code="unreachable", is_passing=True)
     place.faults = [None, gone, gone, None, None, gone]
     lines = run(cells, place, tmp_path / "ledger")
-    assert [line.status for line in lines] == ["succeeded", "refused", "succeeded", "refused"]
-    assert lines[1].error == "rank is 9999"
-    assert lines[1].lift is None
+    assert [line["status"] for line in lines] == ["succeeded", "refused", "succeeded", "refused"]
+    assert lines[1]["error"]["message"] == "rank is 9999"
     # What a refused run lacked may be there by now: the next start tries it again.
     tried = len(place.polls)
     place.accepts_all = True
-    assert [line.status for line in run(cells, place, tmp_path / "ledger")] == ["succeeded"] * 4
+    assert [line["status"] for line in run(cells, place, tmp_path / "ledger")] == ["succeeded"] * 4
     assert len(place.polls) == tried + 2
     place.faults = [ApiError("no", code="invalid_api_key")]
     with pytest.raises(ApiError, match="no"):
@@ -262,28 +257,31 @@ def replayed(cells: Sequence[Cell]) -> Place:
     return place
 
 
-def test_the_table(manifest: Path, tmp_path: Path) -> None:
-    cells = cells_of(manifest)
-    failed = {"status": "failed", "error": {"message": "diverged"}, "lorafleet": {"evaluation": []}}
-    flat = outcome_of(cells[1])
-    flat["lorafleet"] |= {"collapsed": True}
-    lines = [
-        line_of(cells[0], outcome_of(cells[0])),
-        line_of(cells[1], flat),
-        line_of(cells[2], failed),
-    ]
-    first, _, last = lines
-    assert (first.lift, first.lift_low, first.minutes, first.majority) == (0.5, 0.1, 1.0, 0.5)
-    assert (last.status, last.error, last.lift, last.collapsed) == ("failed", "diverged", None, None)
-    rows = list(csv.DictReader(io.StringIO(as_csv(lines))))
-    assert tuple(rows[0]) == COLUMNS
-    assert [row["lift"] for row in rows] == ["0.5", "0.5", ""]
-    found = as_json("trial", lines)
-    assert (found["runs"], found["succeeded"], found["above_base"], found["mean_lift"]) == (3, 2, 2, 0.5)
-    assert found["collapsed"] == ["tiny/alpha/slow"]
-    json.dumps(found, allow_nan=False)
-    write_plot("trial", lines, tmp_path / "table.svg")
-    drawn = (tmp_path / "table.svg").read_text()
-    assert drawn.startswith("<?xml")
-    # One marker pair per scored run; text is drawn as shapes, so its ids tell the ticks.
-    assert drawn.count('id="ytick_') == 2
+def test_a_base_may_be_chosen_and_keeps_its_names(manifest: Path) -> None:
+    changed(manifest, "bases: [tiny]", "bases: [tiny, small]")
+    loaded = load_manifest(manifest)
+    chosen = plan(loaded, ["small"])
+    assert [cell.adapter for cell in chosen] == [c.adapter for c in plan(loaded) if c.base == "small"]
+    assert len(chosen) == 4
+    with pytest.raises(ManifestError, match="large is not among the bases"):
+        plan(loaded, ["large"])
+
+
+def test_the_data_folder_may_be_given_with_the_command(manifest: Path, tmp_path: Path) -> None:
+    given = tmp_path / "elsewhere"
+    (tmp_path / "tasks").rename(given)
+    assert len(plan(load_manifest(manifest, data=given))) == 4
+    changed(manifest, "data: tasks", "")
+    assert load_manifest(manifest, data=given).data == given
+    with pytest.raises(ManifestError, match="give one with --data"):
+        load_manifest(manifest)
+
+
+def test_a_retry_changes_the_recipe_the_seed_and_the_name(manifest: Path) -> None:
+    first = cells_of(manifest)[0]
+    again = retry_of(first, Recipe.model_validate({"n_epochs": 5, "learning_rate": 1e-4}))
+    assert (again.recipe_name, again.retry_of, again.seed) == ("quick-retry", "quick", first.seed + 1)
+    assert again.recipe.hyperparameters == {"n_epochs": 5}
+    assert again.recipe.options == {"rank": 4, "learning_rate": 1e-4}
+    assert again.adapter == "trial-alpha-quick-retry"
+    assert again.digest != first.digest
