@@ -25,6 +25,9 @@ _logger = logging.getLogger("lorafleet.gateway")
 EXIT_OK = 0
 EXIT_FAILED = 1
 _BACKLOG = 2048
+# Longer than clients and proxies keep an idle connection (httpx: 5 s, most proxies: 60 s), so that they close
+# it and not we: a request that is on its way when the server closes its connection fails.
+KEEP_ALIVE_SECONDS = 75
 
 
 class GatewayServer(uvicorn.Server):
@@ -78,6 +81,7 @@ async def serve(settings: GatewaySettings) -> int:
         proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=int(settings.grace_seconds),
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         ssl_certfile=settings.tls_cert_file,
         ssl_keyfile=settings.tls_key_file,
         ssl_ca_certs=settings.tls_client_ca_file and str(settings.tls_client_ca_file),

@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,6 +104,20 @@ def test_a_stream_in_flight_ends_whole_at_sigterm(behind: GatewayUnderTest, tmp_
     objects, is_done = sse_objects(texts[0])
     assert is_done
     assert "".join(item["choices"][0]["text"] for item in objects) == "x" * 20
+
+
+def test_an_idle_connection_is_kept_longer_than_clients_keep_it(
+    behind: GatewayUnderTest, tmp_path: Path
+) -> None:
+    """Stock clients use a connection again for five seconds: one that we close just then fails a request."""
+    with process(tmp_path, **targets(behind)) as (_, url):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            request = b"GET /readyz HTTP/1.1\r\nhost: gateway\r\n\r\n"
+            for pause_seconds in (0.0, 6.0):
+                time.sleep(pause_seconds)
+                connection.sendall(request)
+                assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
 def test_keys_are_made_limited_and_revoked_from_the_command_line(
