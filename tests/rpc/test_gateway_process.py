@@ -113,7 +113,7 @@ def test_an_idle_connection_is_kept_longer_than_clients_keep_it(
     with process(tmp_path, **targets(behind)) as (_, url):
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as connection:
-            request = b"GET /readyz HTTP/1.1\r\nhost: gateway\r\n\r\n"
+            request = b"GET /health HTTP/1.1\r\nhost: gateway\r\n\r\n"
             for pause_seconds in (0.0, 6.0):
                 time.sleep(pause_seconds)
                 connection.sendall(request)
