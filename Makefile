@@ -6,7 +6,7 @@ DATA ?=
 TASKS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fix proto proto-check test test-optimized test-slow test-gpu bench demo up down compose-check clean
+.PHONY: help setup check fix proto proto-check test test-optimized test-slow test-gpu bench demo up down docs dist lock audit compose-check clean
 
 help: ## list the words
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t16
@@ -62,6 +62,13 @@ up: setup ## start the fleet on this machine
 
 down: setup ## stop it
 	$(BIN)/lorafleet down
+
+docs: setup ## build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open build/site/index.html"
+
+dist: setup ## build wheel and source distribution into dist/
+	$(BIN)/python -m build
 
 clean: ## remove what was built
 	rm -rf $(VENV) .cache build dist *.egg-info
