@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
@@ -111,13 +112,16 @@ def test_an_idle_connection_is_kept_longer_than_clients_keep_it(
 ) -> None:
     """Stock clients use a connection again for five seconds: one that we close just then fails a request."""
     with process(tmp_path, **targets(behind)) as (_, url):
-        host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=10) as connection:
-            request = b"GET /health HTTP/1.1\r\nhost: gateway\r\n\r\n"
-            for pause_seconds in (0.0, 6.0):
-                time.sleep(pause_seconds)
-                connection.sendall(request)
-                assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        connection = HTTPConnection(url.removeprefix("http://"), timeout=10)
+        connection.connect()
+        # It would connect again without a word.
+        connection.auto_open = 0
+        for pause_seconds in (0.0, 6.0):
+            time.sleep(pause_seconds)
+            connection.request("GET", "/health")
+            answer = connection.getresponse()
+            assert (answer.status, bool(answer.read())) == (200, True)
+        connection.close()
 
 
 def test_keys_are_made_limited_and_revoked_from_the_command_line(
