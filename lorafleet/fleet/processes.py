@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Protocol
 
 from lorafleet.fleet.logfile import LogPump, RotatingLog
+from lorafleet.fleet.ports import HOST
 from services.common.config import EXIT_BAD_CONFIGURATION
 from services.common.valkey import EmbeddedValkey
 
 _PR_SET_PDEATHSIG = 1
+_BACKLOG = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +65,35 @@ class Child(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Door:
+    """An address that stays open while its process is started again: clients wait, and are not refused.
+
+    Attributes:
+        port: on loopback.
+        variable: by which the process learns the file descriptor of the listening socket.
+    """
+
+    port: int
+    variable: str
+
+
 class ServiceProcess:
     """A command whose output goes to a rotating log."""
 
     def __init__(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], log_file: Path, pump: LogPump
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log_file: Path,
+        pump: LogPump,
+        *,
+        door: Door | None = None,
     ) -> None:
         self._name = name
+        self._door = door
+        self._listener: socket.socket | None = None
         self._command = tuple(command)
         self._environment = dict(environment)
         self._log = RotatingLog(log_file)
@@ -86,12 +111,14 @@ class ServiceProcess:
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start the command; raises `OSError` when it cannot be run."""
+        """Start the command; raises `OSError` when it cannot be run, or its door not be opened."""
+        handed_over, environment = self._open_door()
         output = self._pump.attach(self._log)
         try:
             self._process = subprocess.Popen(
                 self._command,
-                env=self._environment,
+                env=self._environment | environment,
+                pass_fds=handed_over,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -109,15 +136,34 @@ class ServiceProcess:
             return None
         if code < 0:
             return Ending(f"killed by {signal.Signals(-code).name}")
-        return Ending(f"exit code {code}", is_final=code == EXIT_BAD_CONFIGURATION)
+        is_final = code == EXIT_BAD_CONFIGURATION
+        if is_final:
+            self._close_door()
+        return Ending(f"exit code {code}", is_final=is_final)
 
     def terminate(self) -> None:
+        self._close_door()
         if self._process and self._process.poll() is None:
             self._process.terminate()
 
     def kill(self) -> None:
         if self._process and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _open_door(self) -> tuple[tuple[int, ...], dict[str, str]]:
+        """Return the file descriptors that the process inherits, and the variables that tell it of them."""
+        if self._door is None:
+            return (), {}
+        if self._listener is None:
+            self._listener = socket.create_server((HOST, self._door.port), backlog=_BACKLOG)
+        descriptor = self._listener.fileno()
+        return (descriptor,), {self._door.variable: str(descriptor)}
+
+    def _close_door(self) -> None:
+        """Refuse clients from now on; nobody would come for them."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
 
 
 class ValkeyProcess:

@@ -9,11 +9,12 @@ import sys
 from lorafleet.fleet import ports
 from lorafleet.fleet.config import FleetConfig
 from lorafleet.fleet.logfile import LogPump
-from lorafleet.fleet.processes import Child, ServiceProcess, ValkeyProcess
+from lorafleet.fleet.processes import Child, Door, ServiceProcess, ValkeyProcess
 from lorafleet.fleet.state import StateFolder
 
 SERVICES = ("registry", "inference", "trainer", "gateway")
 PEPPER_SECRET = "key_pepper"  # noqa: S105 - the name of a file
+GATEWAY_LISTEN_FD = "LORAFLEET_GATEWAY_LISTEN_FD"
 _GRACE_SECONDS = 10
 _DEFAULTS = {
     # Progress bars of libraries have no place in a log.
@@ -32,6 +33,7 @@ def children(config: FleetConfig, state: StateFolder, pump: LogPump) -> list[Chi
             environment(name, config, state),
             state.log_file(name),
             pump,
+            door=Door(config.ports.gateway, GATEWAY_LISTEN_FD) if name == "gateway" else None,
         )
         for name in SERVICES
     ]

@@ -31,6 +31,10 @@ class GatewaySettings(StoreSettings, PeerSettings, ServiceSettings):
 
     listen: ListenAddress = "127.0.0.1:8000"
 
+    listen_fd: int | None = Field(default=None, ge=3)
+    """File descriptor of a socket that listens on `listen` already, from whoever started this process and
+    keeps it: clients that come while the process is started again wait in its queue, and are not refused."""
+
     grpc_listen: ListenAddress | None = None
     """Where gRPC clients are served, with the same keys; not at all when absent."""
 
@@ -45,6 +49,9 @@ class GatewaySettings(StoreSettings, PeerSettings, ServiceSettings):
 
     inference_base: str | None = None
     """Base whose replicas join by themselves as they tell of themselves in Redis; none do when absent."""
+
+    replica_wait_seconds: float = Field(default=10.0, ge=0, le=600)
+    """How long a request whose answer has not begun waits for an inference replica to come back."""
 
     key_pepper: Annotated[SecretStr, Field(min_length=16)]
     """Secret under which API keys are hashed; without it stored keys cannot be checked."""

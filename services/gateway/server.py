@@ -100,7 +100,7 @@ def bind(settings: GatewaySettings) -> socket.socket:
 
     Raises:
         FailedPrecondition: `insecure_bind`; other machines could read the API keys on their way.
-        OSError: the address cannot be bound.
+        OSError: the address cannot be bound, or the socket handed over is none that listens there.
     """
     address = settings.address
     if not address.is_loopback and not settings.insecure_bind and settings.server_tls is None:
@@ -112,11 +112,25 @@ def bind(settings: GatewaySettings) -> socket.socket:
             field="listen",
             value=str(address),
         )
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    listener = socket.create_server(address, family=family, backlog=_BACKLOG)
+    if settings.listen_fd is not None:
+        listener = _handed_over(settings.listen_fd, address)
+    else:
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        listener = socket.create_server(address, family=family, backlog=_BACKLOG)
     # Connections inherit it. Without it each answer in two packets waits for the client's delayed
     # acknowledgement, some 40 ms; asyncio sets it only on sockets that it has made itself.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def _handed_over(file_descriptor: int, address: Address) -> socket.socket:
+    """Return the socket that whoever started this process has bound to `address`."""
+    listener = socket.socket(fileno=file_descriptor)
+    is_listening = bool(listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    bound = Address(*listener.getsockname()[:2])
+    if not is_listening or bound != address:
+        listener.detach()
+        raise OSError(f"file descriptor {file_descriptor} is no socket that listens on {address}")
     return listener
 
 

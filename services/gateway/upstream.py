@@ -71,7 +71,8 @@ class Upstream:
         )
         self._fleet = _inference_fleet(settings)
         self.adapters = AdapterServiceStub(registry)
-        routed = RoutedChannel(Router(self._fleet, AdapterAffinity()), DigestHints(self.adapters))
+        router = Router(self._fleet, AdapterAffinity(), patience_seconds=settings.replica_wait_seconds)
+        routed = RoutedChannel(router, DigestHints(self.adapters))
         # It makes the calls that the contract of inference has, and nothing else of a channel.
         inference = cast(grpc.aio.Channel, routed)
         self.bases = BaseModelServiceStub(registry)

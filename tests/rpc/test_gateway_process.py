@@ -32,6 +32,7 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
         "LORAFLEET_GATEWAY_LISTEN": "127.0.0.1:0",
         "LORAFLEET_GATEWAY_STORE_URL": f"file://{folder}/store",
         "LORAFLEET_GATEWAY_KEY_PEPPER": PEPPER,
+        "LORAFLEET_GATEWAY_REPLICA_WAIT_SECONDS": "0",
         "LORAFLEET_PORT_FILE": str(folder / "address"),
         **variables,
     }

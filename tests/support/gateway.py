@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import uvicorn
 from fastapi import FastAPI
@@ -20,7 +21,11 @@ from pydantic import SecretStr
 
 from lorafleet.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from lorafleet.registry.v1.adapter_pb2_grpc import add_AdapterServiceServicer_to_server
-from lorafleet.registry.v1.base_model_pb2_grpc import add_BaseModelServiceServicer_to_server
+from lorafleet.registry.v1.base_model_pb2 import BaseModel, CreateBaseModelRequest
+from lorafleet.registry.v1.base_model_pb2_grpc import (
+    BaseModelServiceStub,
+    add_BaseModelServiceServicer_to_server,
+)
 from lorafleet.registry.v1.file_pb2_grpc import add_FileServiceServicer_to_server
 from lorafleet.trainer.v1.trainer_service_pb2_grpc import add_TrainerServiceServicer_to_server
 from services.common.config import ServiceSettings
@@ -151,6 +156,8 @@ async def _serve(
             "listen": "127.0.0.1:0",
             "store_url": f"file://{folder}/store",
             "key_pepper": SecretStr(PEPPER),
+            # Tests that take a service away want to hear of it at once.
+            "replica_wait_seconds": 0,
             **{f"{name}_target": target for name, target in targets.items()},
             **changes,
         }
@@ -179,6 +186,13 @@ async def _serve(
     await server.serve(sockets=[listener])
     for host in hosts.values():
         await host.stop(grace_seconds=0)
+
+
+def create_base(gateway: GatewayUnderTest, base: BaseModel) -> None:
+    """Record a base in the real registry behind a gateway, as inference does at its start."""
+    with grpc.insecure_channel(gateway.targets["registry"]) as channel:
+        create: Any = BaseModelServiceStub(channel).CreateBaseModel
+        create(CreateBaseModelRequest(base_model=base), metadata=[("lorafleet-tenant", "default")])
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import random
+import time
 from collections.abc import Awaitable, Callable, Set
 from typing import TypeVar
 
@@ -17,6 +20,9 @@ from services.gateway.routing.replica import Replica
 _logger = logging.getLogger("lorafleet.gateway.routing")
 
 MAX_ATTEMPTS = 3
+PAUSE_SECONDS = 0.3
+# Those that wait for a replica try in turn; more of them would keep it from starting.
+MAX_WAITING = 256
 # Refusals of a replica that another one need not share.
 _ONLY_THERE = frozenset({"base_loading", "engine_stopping", "device_lost"})
 _BUSY = frozenset({"queue_full"})
@@ -25,12 +31,18 @@ Answer = TypeVar("Answer")
 
 
 class Router:
-    """Chooses by the policy, minds the breakers, and tries elsewhere as long as no answer has begun."""
+    """Chooses by the policy, minds the breakers, and tries elsewhere as long as no answer has begun.
 
-    def __init__(self, fleet: Fleet, policy: Policy) -> None:
+    Where no replica can be reached it waits: one that was killed is back before most clients have given up.
+    """
+
+    def __init__(self, fleet: Fleet, policy: Policy, *, patience_seconds: float = 0.0) -> None:
+        """Route over `fleet`; a call waits `patience_seconds` in all for a replica that takes it."""
         self.fleet = fleet
         self._policy = policy
+        self._patience_seconds = patience_seconds
         self._failing: set[str] = set()
+        self._num_waiting = 0
 
     async def send(self, adapter: str, attempt: Callable[[Replica], Awaitable[Answer]]) -> Answer:
         """Make an attempt on one replica after the other, until one answers or says what all would say.
@@ -43,6 +55,21 @@ class Router:
             Unavailable: `no_replica`; there is none.
             grpc.aio.AioRpcError: what the last replica said.
         """
+        gives_up_at = time.monotonic() + self._patience_seconds
+        while True:
+            try:
+                return await self._send_to_one(adapter, attempt)
+            except (grpc.aio.AioRpcError, Unavailable) as error:
+                may_wait = time.monotonic() < gives_up_at and self._num_waiting < MAX_WAITING
+                if not may_wait or not (isinstance(error, Unavailable) or _is_its_own(error)):
+                    raise
+            self._num_waiting += 1
+            try:
+                await asyncio.sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 - spreads them
+            finally:
+                self._num_waiting -= 1
+
+    async def _send_to_one(self, adapter: str, attempt: Callable[[Replica], Awaitable[Answer]]) -> Answer:
         tried: set[str] = set()
         while True:
             replica = self._choose(adapter, tried)

@@ -27,11 +27,14 @@ from services.common.config import ServiceSettings
 from services.common.errors import LorafleetError, NotFound, ResourceExhausted, Unavailable
 from services.common.index_connection import open_index
 from services.common.server import ServiceHost
+from services.common.status import from_rpc_error
+from services.gateway.routing import router as router_module
 from services.gateway.routing.affinity import AdapterAffinity
 from services.gateway.routing.channel import RoutedChannel
 from services.gateway.routing.fleet import Fleet
 from services.gateway.routing.hints import DigestHints
 from services.gateway.routing.presence import PresenceReader
+from services.gateway.routing.replica import Report
 from services.gateway.routing.router import Router
 from services.gateway.upstream import ADAPTER_SERVICE, INFERENCE_SERVICE
 from tests.support.fake_services import FakeAdapters, FakeInference, Script
@@ -65,7 +68,7 @@ class Setting:
 
 
 @asynccontextmanager
-async def setting(count: int, *more_targets: str) -> AsyncIterator[Setting]:
+async def setting(count: int, *more_targets: str, patience_seconds: float = 0.0) -> AsyncIterator[Setting]:
     async with AsyncExitStack() as stack:
         adapters = FakeAdapters()  # type: ignore[abstract]
         registry = ServiceHost(ServiceSettings(), [ADAPTER_SERVICE])
@@ -85,7 +88,8 @@ async def setting(count: int, *more_targets: str) -> AsyncIterator[Setting]:
         fleet = Fleet([*replicas, *more_targets], open_channel, base="tiny")
         stack.push_async_callback(fleet.close)
         names = AdapterServiceStub(await stack.enter_async_context(open_channel(registry_address)))
-        channel = RoutedChannel(Router(fleet, AdapterAffinity(seed=1)), DigestHints(names))
+        router = Router(fleet, AdapterAffinity(seed=1), patience_seconds=patience_seconds)
+        channel = RoutedChannel(router, DigestHints(names))
         stub = InferenceServiceStub(cast(grpc.aio.Channel, channel))
         yield Setting(replicas, hosts, adapters, fleet, stub)
 
@@ -252,3 +256,52 @@ async def test_replicas_join_drain_and_go_as_redis_tells(redis_url: str) -> None
         assert [replica.address for replica in here.fleet.replicas] == [configured]
         assert here.fleet.load(configured) == 0
         await reader.close()
+
+
+async def test_a_call_waits_for_a_replica_that_comes_back() -> None:
+    async with setting(0, REFUSED_CONNECTION, patience_seconds=30) as here:
+        calls = [asyncio.create_task(here.ask()) for _ in range(3)]
+        await asyncio.sleep(0.5)
+        assert not any(call.done() for call in calls)
+        host, fake = ServiceHost(ServiceSettings(), [INFERENCE_SERVICE]), FakeInference(here.adapters)  # type: ignore[abstract]
+        add_InferenceServiceServicer_to_server(fake, host.server)
+        address = str(await host.start())
+        here.fleet.hear([Report("one", address, "tiny", False, 0, 4, frozenset(), 1)])
+        for call in calls:
+            assert (await call)[-1].WhichOneof("event") == "finished"
+        await host.stop(grace_seconds=0)
+
+
+async def test_a_call_waits_while_a_replica_loads_its_base_and_no_longer_than_it_may() -> None:
+    async with setting(1, patience_seconds=1.0) as here:
+        here.script("soon", Script(refuse=Unavailable("base_loading", "it starts")))
+        waiting = asyncio.create_task(here.ask(text="soon"))
+        await asyncio.sleep(0.4)
+        here.script("soon", Script())
+        assert (await waiting)[-1].WhichOneof("event") == "finished"
+        here.script("never", Script(refuse=Unavailable("base_loading", "it starts")))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await here.ask(text="never")
+        assert from_rpc_error(caught.value).reason == "base_loading"
+        # What the registry lacks, or a queue that is full, is said at once.
+        for refusal in (
+            Unavailable("adapter_unavailable", "the registry is away"),
+            ResourceExhausted("queue_full", "too many requests"),
+        ):
+            here.script("no", Script(refuse=refusal))
+            before = sum(here.asked.values())
+            with pytest.raises(grpc.aio.AioRpcError):
+                await here.ask(text="no")
+            assert sum(here.asked.values()) == before + 1
+
+
+async def test_only_so_many_calls_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "MAX_WAITING", 2)
+    async with setting(1, patience_seconds=1.5) as here:
+        here.script("never", Script(refuse=Unavailable("base_loading", "it starts")))
+        calls = [asyncio.create_task(here.ask(text="never")) for _ in range(5)]
+        done, waiting = await asyncio.wait(calls, timeout=0.9)
+        assert (len(done), len(waiting)) == (3, 2)
+        await asyncio.wait(waiting)
+        for call in calls:
+            assert isinstance(call.exception(), grpc.aio.AioRpcError)

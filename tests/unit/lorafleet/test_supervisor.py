@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,8 @@ import pytest
 
 from lorafleet.fleet import lock
 from lorafleet.fleet.logfile import LogPump
-from lorafleet.fleet.processes import ServiceProcess, ValkeyProcess
+from lorafleet.fleet.ports import HOST, next_free
+from lorafleet.fleet.processes import Door, Ending, ServiceProcess, ValkeyProcess
 from lorafleet.fleet.state import StateFolder
 from lorafleet.fleet.status import FleetStatus, end_leftovers
 from lorafleet.fleet.supervisor import Supervisor
@@ -23,6 +25,15 @@ SLEEPER = "import time; print('here', flush=True); time.sleep(60)"
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); "
     "time.sleep(60)"
+)
+
+PORTER = (
+    "import os, socket\n"
+    "door = socket.socket(fileno=int(os.environ['DOOR_FD']))\n"
+    "while True:\n"
+    "    client = door.accept()[0]\n"
+    "    client.sendall(b'%d' % os.getpid())\n"
+    "    client.close()\n"
 )
 
 
@@ -244,3 +255,44 @@ def test_valkey_is_a_child_like_the_others(state: StateFolder) -> None:
     assert valkey.ending() is None
     valkey.terminate()
     wait_for(lambda: valkey.ending() is not None)
+
+
+def test_clients_wait_at_the_door_while_a_process_is_started_again(state: StateFolder) -> None:
+    pump, port = LogPump(), next_free(20_000)
+    command, log = [sys.executable, "-c", PORTER], state.log_file("porter")
+    child = ServiceProcess("porter", command, os.environ, log, pump, door=Door(port, "DOOR_FD"))
+
+    def knock() -> socket.socket:
+        return socket.create_connection((HOST, port), timeout=10)
+
+    def pid_from(client: socket.socket) -> int:
+        with client:
+            return int(client.recv(100))
+
+    child.start()
+    try:
+        first = pid_from(knock())
+        assert first == child.pid
+        child.kill()
+        wait_for(lambda: child.ending() is not None)
+        waiting = [knock() for _ in range(3)]
+        child.start()
+        assert child.pid != first
+        assert [pid_from(client) for client in waiting] == [child.pid] * 3
+    finally:
+        child.terminate()
+        wait_for(lambda: child.ending() is not None)
+        pump.close()
+    with pytest.raises(ConnectionRefusedError):
+        knock()
+
+
+def test_the_door_of_a_process_that_cannot_start_is_closed(state: StateFolder) -> None:
+    pump, port = LogPump(), next_free(20_000)
+    command, log = [sys.executable, "-c", "import sys; sys.exit(2)"], state.log_file("wrong")
+    child = ServiceProcess("wrong", command, os.environ, log, pump, door=Door(port, "DOOR_FD"))
+    child.start()
+    wait_for(lambda: child.ending() == Ending("exit code 2", is_final=True))
+    pump.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((HOST, port), timeout=10)
