@@ -70,5 +70,18 @@ docs: setup ## build the documentation into build/site
 dist: setup ## build wheel and source distribution into dist/
 	$(BIN)/python -m build
 
+# In an environment of their own: what they bring is none of ours.
+TOOLS := .cache/lock-tools
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check pip-tools==7.6.2 pip-audit==2.10.1
+	touch $@
+
+lock: $(TOOLS)/.installed ## write requirements/ from the pins of pyproject.toml
+	$(TOOLS)/bin/python requirements/lock.py
+
+audit: $(TOOLS)/.installed ## ask the database of vulnerabilities about every locked version
+	$(TOOLS)/bin/pip-audit --no-deps --disable-pip --requirement requirements/full.txt
+
 clean: ## remove what was built
 	rm -rf $(VENV) .cache build dist *.egg-info

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
+
 from docs.tooling.markdown import anchor, table
 from services.common.store import open_store
 from services.gateway.app import create_app
@@ -14,7 +16,7 @@ from services.gateway.config import GatewaySettings
 Json = Mapping[str, Any]
 # Nothing is opened before the application starts; it is only asked to describe itself.
 _STORE_URL = Path("/nowhere").as_uri()
-_PEPPER = "describes itself alone"
+_PEPPER = SecretStr("describes itself alone")
 
 
 def openapi_document() -> dict[str, Any]:
@@ -119,4 +121,4 @@ def _said(found: Json) -> str:
     schema = found.get("schema", found)
     default = schema.get("default")
     ending = f" Default: `{default}`." if default is not None else ""
-    return found.get("description", "") + ending
+    return str(found.get("description", "")) + ending
