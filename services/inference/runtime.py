@@ -17,6 +17,7 @@ from lorafleet.registry.v1.adapter_pb2_grpc import AdapterServiceStub
 from lorafleet.registry.v1.base_model_pb2 import BaseModel
 from services.common.base_models import base_model
 from services.common.errors import Unavailable
+from services.common.failpoints import failpoint
 from services.common.fingerprint import fingerprint_base
 from services.common.ids import new_id
 from services.common.index_connection import open_index
@@ -78,6 +79,7 @@ def load(settings: InferenceSettings) -> LoadedBase:
         timeout_seconds=settings.fetch_timeout_seconds,
         tls=settings.peer_tls,
     )
+    failpoint("base.loading")
     engine = build_engine(settings, fetcher)
     _note_origins(engine, sources)
     return LoadedBase(

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from services.common.adapter_format import CONFIG_FILE, WEIGHTS_FILE
 from services.common.errors import DataLoss, InvalidArgument, ResourceExhausted
+from services.common.failpoints import failpoint
 from services.inference.adapters.measures import count_bytes
 from services.inference.adapters.stages import LoadTimes, Stage
 
@@ -187,7 +188,9 @@ class DiskTier:
             stamps = _stamps(temporary)
             size_bytes = _folder_bytes(temporary)
             self._make_room(size_bytes)
+            failpoint("disk.before_visible")
             os.replace(temporary, self._root / name)
+            failpoint("disk.after_visible")
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -227,6 +230,7 @@ class DiskTier:
         self._verified.pop(name, None)
         trash = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=self._root))
         os.replace(self._root / name, trash / name)
+        failpoint("disk.evicting")
         return trash
 
 

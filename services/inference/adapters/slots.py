@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from services.common.failpoints import failpoint
 from services.inference.adapters.device_budget import DeviceBudget
 from services.inference.adapters.measures import count_bytes
 from services.inference.adapters.ops import AdapterStack
@@ -65,6 +66,7 @@ class DeviceSlots:
         assert digest not in self._slots
         if not self.budget.take_adapters(size_bytes):
             return False
+        failpoint("device.copying")
         self._slots[digest] = Slot(weights.to(self.device, non_blocking=True), size_bytes)
         self.used_bytes += size_bytes
         count_bytes("device", size_bytes)
