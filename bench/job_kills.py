@@ -6,6 +6,8 @@ ends so while it validates and while it records. Every job must end SUCCEEDED wi
 files have the digest of an undisturbed run. The last line is JSON.
 
     python -m bench.job_kills --kills 100 --seed 1
+
+With `--folder` all of it is kept there, and the same command goes on where an earlier one was ended.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorafleet.registry.v1 import adapter_pb2
-from lorafleet.trainer.v1 import job_pb2
+from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
 from services.common.errors import DeadlineExceeded, LorafleetError
 from services.common.failpoints import VARIABLE
 from services.common.valkey import EmbeddedValkey
@@ -87,16 +89,19 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="where jobs and kills are kept from one run to the next")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        counts = run(Path(folder), options.kills, options.seed)
+        counts = run(options.folder or Path(folder), options.kills, options.seed)
     figures = {name: getattr(counts, name) for name in counts.__dataclass_fields__}
     print(json.dumps({"benchmark": "job_kills", "seed": options.seed} | figures))
 
 
 def run(folder: Path, kills: int, seed: int) -> Counts:
     """Kill processes until there were `kills`; return what became of the jobs."""
-    base = make_tiny_llama(folder / BASE)
+    base = folder / BASE
+    if not base.exists():
+        make_tiny_llama(base)
     with EmbeddedValkey.start(folder / "valkey") as valkey:
         # A machine that is busy with other things must not end the measurement.
         place = TrainerPlace(base, folder, valkey.url, start_seconds=900, call_seconds=300)
@@ -109,19 +114,20 @@ class _Rounds:
     def __init__(self, place: TrainerPlace, kills: int, seed: int) -> None:
         self._place = place
         self._kills = kills
-        self._seed = seed
-        self._draw = random.Random(seed)
         self._log = place.folder / "kills.log"
-        self._service_kills: list[str] = []
+        self._service_log = place.folder / "service_kills.log"
+        self._draw = random.Random(f"{seed}/{len(self._killed())}")
         self._job_ids: list[str] = []
 
     async def run(self) -> Counts:
         started = time.monotonic()
         async with registry_host(self._place) as registry:
             async with running_trainer(self._place, registry) as trainer:
-                undisturbed = await trainer.create(DATA, SPEC, adapter="undisturbed")
+                name = "undisturbed"
+                undisturbed = await trainer.create(DATA, SPEC, adapter=name, idempotency_key=name)
                 await trainer.until(undisturbed.id, job_pb2.JOB_STATE_SUCCEEDED, seconds=1800)
-                wanted = (await _versions(trainer, "undisturbed"))[0].digest
+                wanted = (await _versions(trainer, name))[0].digest
+                self._job_ids = await _jobs(trainer)
             done = False
             while not done:
                 done = await self._round(registry)
@@ -131,8 +137,8 @@ class _Rounds:
         return counts
 
     def _killed(self) -> list[str]:
-        jobs = self._log.read_text("ascii").split() if self._log.exists() else []
-        return [*jobs, *self._service_kills]
+        logs = [log for log in (self._log, self._service_log) if log.exists()]
+        return [rule for log in logs for rule in log.read_text("ascii").split()]
 
     async def _round(self, registry: str) -> bool:
         """Run one trainer until it is killed; return whether all jobs are done, after enough kills."""
@@ -161,7 +167,8 @@ class _Rounds:
                     code = await asyncio.wait_for(trainer.process.wait(), 60)
                     if code != -signal.SIGKILL:
                         raise AssertionError(f"{rule}: the trainer ended with {code}") from error
-                    self._service_kills.append(rule)
+                    with self._service_log.open("a", encoding="ascii") as log:
+                        log.write(f"{rule}\n")
                     return False
 
     async def _work(self, trainer: Trainer, until: int) -> bool:
@@ -215,6 +222,12 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
     finally:
         for name in values:
             del os.environ[name]
+
+
+async def _jobs(trainer: Trainer) -> list[str]:
+    """The ids of the jobs that an earlier run has begun to kill, oldest first."""
+    response = await trainer.call("ListJobs", trainer_service_pb2.ListJobsRequest(page_size=1000))
+    return [job.id for job in reversed(response.jobs) if job.adapter.startswith("job-")]
 
 
 async def _versions(trainer: Trainer, adapter: str) -> list[adapter_pb2.AdapterVersion]:
