@@ -15,19 +15,27 @@ from services.common.call_context import call_scope
 from services.common.errors import DataLoss, FailedPrecondition
 from services.common.store import ObjectStore
 from services.common.store.disk_errors import disk_errors
-from services.trainer.bases import BaseCatalog
+from services.trainer.bases import BaseCatalog, TrainableBase
 from services.trainer.book import JobBook
 from services.trainer.checkpoint_store import WEIGHTS, CheckpointStore
 from services.trainer.config import TrainerSettings
-from services.trainer.export_process import ADAPTER, CHECKPOINT, export
-from services.trainer.job import Checkpoint, Job, Publication
+from services.trainer.export_process import ADAPTER, CHECKPOINT, Exported, ExportRequest, export
+from services.trainer.job import (
+    Checkpoint,
+    CheckpointReport,
+    DatasetReport,
+    Job,
+    ParityReport,
+    Publication,
+)
 from services.trainer.journal import checkpoint_prefix
+from services.trainer.parity import ParityGate, parity_failed
 from services.trainer.publishing import checkpoint_card, job_result
 from services.trainer.registry_client import RegistryClient
 
 _logger = logging.getLogger("lorafleet.trainer.publisher")
 
-# With the id of a checkpoint before it, this fits into the registry's 64 characters.
+# With the id of a checkpoint before them, these fit into the registry's 64 characters of a key or a name.
 _KEY_DIGITS = 24
 
 
@@ -57,10 +65,14 @@ class CheckpointPublisher:
     async def publish(self, job: Job, checkpoint: Checkpoint, adapter: str) -> str:
         """Publish `checkpoint` as a version of `adapter`, once, and return the name of the model.
 
+        It is measured first, as a job's version is, and what was measured is kept whether it is published or
+        not. Where it was refused, the same call measures again.
+
         Raises:
-            FailedPrecondition: `checkpoint_discarded`.
-            NotFound: `base_not_found`, where this trainer no longer has the job's base.
-            DataLoss: `corrupt_checkpoint`.
+            FailedPrecondition: `checkpoint_discarded`; `parity_failed`.
+            NotFound: `base_not_found`, where this trainer no longer has the job's base; `file_not_found`,
+                where the registry no longer has the rows to measure it on.
+            DataLoss: `corrupt_checkpoint` or `dataset_changed`.
         """
         known = await self._known(job, checkpoint, adapter)
         if known:
@@ -84,10 +96,15 @@ class CheckpointPublisher:
     async def _known(self, job: Job, checkpoint: Checkpoint, adapter: str) -> str:
         if checkpoint.fine_tuned_model and job.result is not None and job.result.adapter == adapter:
             return checkpoint.fine_tuned_model
+        kept = await self._kept(job, checkpoint, adapter)
+        return "" if kept is None else kept.fine_tuned_model
+
+    async def _kept(self, job: Job, checkpoint: Checkpoint, adapter: str) -> Publication | None:
+        """Return what is known of publishing `checkpoint` as a version of `adapter`."""
         for each in await self._book.publications(job):
             if (each.checkpoint_id, each.adapter) == (checkpoint.id, adapter):
-                return each.fine_tuned_model
-        return ""
+                return each
+        return None
 
     async def _work(self, job: Job, checkpoint: Checkpoint, adapter: str) -> str:
         request = job.request
@@ -100,19 +117,78 @@ class CheckpointPublisher:
             # At once, before a job that runs makes its next checkpoint and discards this one.
             await asyncio.to_thread(self._fetch, job, checkpoint, folder / CHECKPOINT)
             async with self._one_at_a_time:
-                error = await export(request, folder)
+                report = await self._written(job, checkpoint, adapter, base, folder)
             published = await self._registry.publish(
                 folder / ADAPTER,
                 adapter=adapter,
                 base_fingerprint_digest=base.fingerprint.digest,
-                card=checkpoint_card(job, checkpoint, base.encoder, conversion_error=error),
+                card=checkpoint_card(job, checkpoint, base.encoder, report),
                 idempotency_key=_idempotency_key(checkpoint, adapter),
             )
         model = job_result(job, published).fine_tuned_model
-        publication = Publication(checkpoint.id, adapter, model, datetime.now(UTC))
-        await self._book.add_publication(job, publication)
+        await self._keep(job, checkpoint, adapter, report, model=model)
         _logger.info("checkpoint published", extra={"job": job.id, "checkpoint": checkpoint.id})
         return model
+
+    async def _written(
+        self, job: Job, checkpoint: Checkpoint, adapter: str, base: TrainableBase, folder: Path
+    ) -> CheckpointReport:
+        """Have the adapter written and measured; raise `parity_failed` where served it is another."""
+        kept = await self._kept(job, checkpoint, adapter)
+        if kept is not None and kept.report is not None and self._passes(kept.report):
+            # Of an attempt that ended before the registry's answer was kept: it must get the same card again.
+            await export(ExportRequest(job.request), folder)
+            return kept.report
+        exported = await export(ExportRequest(job.request, await self._dataset(job, folder)), folder)
+        parity = await self._parity(checkpoint, adapter, base, folder, exported)
+        report = CheckpointReport(exported.conversion_error, exported.evaluation, exported.collapsed, parity)
+        await self._keep(job, checkpoint, adapter, report)
+        if parity is not None and not parity.holds:
+            raise parity_failed(parity)
+        return report
+
+    def _passes(self, report: CheckpointReport) -> bool:
+        if report.parity is None:
+            return self._settings.inference_target is None
+        return report.parity.holds
+
+    async def _dataset(self, job: Job, folder: Path) -> DatasetReport | None:
+        """Fetch what the checkpoint is measured on, and return its report; None where nothing is to be."""
+        assert job.dataset is not None, "a job that trained was validated"
+        evaluates = job.dataset.validation_rows and job.request.spec.evaluation_rows
+        if not evaluates and self._settings.inference_target is None:
+            return None
+        for file_id in job.request.files:
+            await self._registry.download(
+                file_id, folder / file_id, max_bytes=self._settings.max_dataset_bytes
+            )
+        return job.dataset
+
+    async def _parity(
+        self, checkpoint: Checkpoint, adapter: str, base: TrainableBase, folder: Path, exported: Exported
+    ) -> ParityReport | None:
+        gate = ParityGate.configured(self._settings, self._registry)
+        if gate is None:
+            return None
+        try:
+            report = await gate.check(
+                folder / ADAPTER,
+                exported.probes,
+                name=f"{checkpoint.id}-{_digits(adapter)}",
+                base_fingerprint_digest=base.fingerprint.digest,
+            )
+        finally:
+            await gate.close()
+        if report is None:
+            text = "the inference service has another base: what it computes was not compared"
+            _logger.warning(text, extra={"checkpoint": checkpoint.id})
+        return report
+
+    async def _keep(
+        self, job: Job, checkpoint: Checkpoint, adapter: str, report: CheckpointReport, *, model: str = ""
+    ) -> None:
+        publication = Publication(checkpoint.id, adapter, model, datetime.now(UTC), report)
+        await self._book.add_publication(job, publication)
 
     def _fetch(self, job: Job, checkpoint: Checkpoint, folder: Path) -> None:
         checkpoints = CheckpointStore(self._store, checkpoint_prefix(job.id))
@@ -138,5 +214,8 @@ class CheckpointPublisher:
 
 
 def _idempotency_key(checkpoint: Checkpoint, adapter: str) -> str:
-    digest = hashlib.sha256(adapter.encode("ascii")).hexdigest()
-    return f"{checkpoint.id}:{digest[:_KEY_DIGITS]}"
+    return f"{checkpoint.id}:{_digits(adapter)}"
+
+
+def _digits(adapter: str) -> str:
+    return hashlib.sha256(adapter.encode("ascii")).hexdigest()[:_KEY_DIGITS]

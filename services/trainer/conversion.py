@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 
@@ -13,11 +14,14 @@ from services.common.status import to_status
 from services.trainer.index import JobView
 from services.trainer.job import (
     Checkpoint,
+    CheckpointReport,
     DatasetReport,
     Estimate,
+    EvaluationMetric,
     Job,
     JobState,
     Level,
+    ParityReport,
     Progress,
     Record,
     event_id,
@@ -185,10 +189,10 @@ def event_to_proto(job_id: str, record: Record) -> job_pb2.JobEvent:
 
 
 def checkpoint_to_proto(
-    job_id: str, checkpoint: Checkpoint, *, fine_tuned_model: str = ""
+    job_id: str, checkpoint: Checkpoint, *, fine_tuned_model: str, report: CheckpointReport | None
 ) -> job_pb2.Checkpoint:
-    """Return a checkpoint; `fine_tuned_model` is what it was published as, apart from the job's version."""
-    return job_pb2.Checkpoint(
+    """Return a checkpoint with the version it is, if any, and what was measured when it was to be one."""
+    message = job_pb2.Checkpoint(
         id=checkpoint.id,
         job_id=job_id,
         step=checkpoint.step,
@@ -196,8 +200,15 @@ def checkpoint_to_proto(
         train_loss=checkpoint.train_loss,
         valid_loss=checkpoint.valid_loss,
         valid_mean_token_accuracy=checkpoint.valid_mean_token_accuracy,
-        fine_tuned_model=fine_tuned_model or checkpoint.fine_tuned_model,
+        fine_tuned_model=fine_tuned_model,
     )
+    if report is not None:
+        message.evaluation.extend(_figures_to_proto(report.evaluation))
+        message.collapsed = bool(report.collapsed)
+        message.conversion_error = report.conversion_error
+        if report.parity is not None:
+            message.parity.CopyFrom(_parity_to_proto(report.parity))
+    return message
 
 
 def progress_to_proto(progress: Progress) -> job_pb2.Progress:
@@ -247,23 +258,11 @@ def _result_to_proto(job: Job) -> job_pb2.JobResult | None:
     if all(part is None for part in (job.result, job.evaluation, job.parity, job.result_file)):
         return None
     message = job_pb2.JobResult(
-        evaluation=[
-            job_pb2.EvaluationMetric(
-                name=figure.name,
-                base_value=figure.base_value,
-                adapter_value=figure.adapter_value,
-                ci_low=figure.ci_low,
-                ci_high=figure.ci_high,
-                lift_ci_low=figure.lift_ci_low,
-                lift_ci_high=figure.lift_ci_high,
-                rows=figure.rows,
-            )
-            for figure in job.evaluation or ()
-        ],
+        evaluation=_figures_to_proto(job.evaluation or ()),
         result_files=[] if job.result_file is None else [job.result_file],
         collapsed=bool(job.collapsed),
         conversion_error=job.conversion_error or 0.0,
-        parity=None if job.parity is None else job_pb2.ParityReport(**asdict(job.parity)),
+        parity=None if job.parity is None else _parity_to_proto(job.parity),
     )
     if job.result is not None:
         message.adapter = job.result.adapter
@@ -271,6 +270,14 @@ def _result_to_proto(job: Job) -> job_pb2.JobResult | None:
         message.digest = job.result.digest
         message.fine_tuned_model = job.result.fine_tuned_model
     return message
+
+
+def _figures_to_proto(figures: Sequence[EvaluationMetric]) -> list[job_pb2.EvaluationMetric]:
+    return [job_pb2.EvaluationMetric(**asdict(figure)) for figure in figures]
+
+
+def _parity_to_proto(report: ParityReport) -> job_pb2.ParityReport:
+    return job_pb2.ParityReport(**asdict(report))
 
 
 def _time(time: datetime) -> Timestamp:

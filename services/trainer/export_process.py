@@ -1,4 +1,4 @@
-"""The child process that writes a checkpoint as the files of an adapter, as the service sees it."""
+"""The child process that writes a checkpoint as an adapter and measures it, as the service sees it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pydantic import TypeAdapter
 from services.common.errors import Internal
 from services.trainer.child import child_environment
 from services.trainer.failure import JobFailure
-from services.trainer.job import JobRequest
+from services.trainer.job import DatasetReport, EvaluationMetric, JobRequest
+from services.trainer.parity import Probe
 
 # What lies in the folder that both sides share.
 REQUEST, CHECKPOINT, ADAPTER, ANSWER = "request.json", "checkpoint", "adapter", "answer.json"
@@ -22,24 +23,52 @@ _MODULE = "services.trainer.export_checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
-class ExportAnswer:
-    """What the child tells: the error of the conversion, or why there is none."""
+class ExportRequest:
+    """What the child is to do.
 
-    conversion_error: float | None = None
+    Attributes:
+        job: whose checkpoint it is.
+        dataset: what the job's files, which lie in the folder by their ids, were found to be; the checkpoint
+            is measured on them. None: there are none, and it is written only.
+    """
+
+    job: JobRequest
+    dataset: DatasetReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written and measured.
+
+    Attributes:
+        conversion_error: the relative error of the published weight change against the trained one.
+        evaluation: on the held-out rows.
+        collapsed: as `Job.collapsed`.
+        probes: what the model makes of a few rows, for the parity gate.
+    """
+
+    conversion_error: float
+    evaluation: tuple[EvaluationMetric, ...] = ()
+    collapsed: bool | None = None
+    probes: tuple[Probe, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ExportAnswer:
+    """What the child tells: what it did, or why it could not."""
+
+    exported: Exported | None = None
     failure: JobFailure | None = None
 
 
-REQUEST_JSON: TypeAdapter[JobRequest] = TypeAdapter(JobRequest)
+REQUEST_JSON: TypeAdapter[ExportRequest] = TypeAdapter(ExportRequest)
 ANSWER_JSON: TypeAdapter[ExportAnswer] = TypeAdapter(ExportAnswer)
 
 
-async def export(request: JobRequest, folder: Path) -> float:
+async def export(request: ExportRequest, folder: Path) -> Exported:
     """Have the weights in `folder / CHECKPOINT` written to `folder / ADAPTER` as what is published.
 
     Call it from the main thread: the kernel kills the child when the thread that started it ends.
-
-    Returns:
-        The relative error of the published weight change against the trained one.
 
     Raises:
         LorafleetError: what the child could not do.
@@ -69,5 +98,5 @@ async def export(request: JobRequest, folder: Path) -> float:
     answer = ANSWER_JSON.validate_json((folder / ANSWER).read_bytes())
     if answer.failure is not None:
         raise answer.failure.to_error()
-    assert answer.conversion_error is not None, "the child tells one or the other"
-    return answer.conversion_error
+    assert answer.exported is not None, "the child tells one or the other"
+    return answer.exported

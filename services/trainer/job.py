@@ -182,16 +182,6 @@ class JobResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Publication:
-    """A checkpoint as a version of an adapter."""
-
-    checkpoint_id: str
-    adapter: str
-    fine_tuned_model: str
-    time: datetime
-
-
-@dataclass(frozen=True, slots=True)
 class ParityReport:
     """How far two services are apart on the probes, in nats; see `trainer/v1/job.proto`."""
 
@@ -205,6 +195,32 @@ class ParityReport:
     def holds(self) -> bool:
         """Whether the version may be published. What is not a number does not hold."""
         return self.max_difference <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointReport:
+    """What was measured of a checkpoint before it was published; see `trainer/v1/job.proto`."""
+
+    conversion_error: float
+    evaluation: tuple[EvaluationMetric, ...] = ()
+    collapsed: bool | None = None
+    parity: ParityReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """A checkpoint on its way to become a version of an adapter.
+
+    Attributes:
+        fine_tuned_model: the version's name; empty where it was measured only, or refused.
+        report: what was measured; None for versions older than the measuring.
+    """
+
+    checkpoint_id: str
+    adapter: str
+    fine_tuned_model: str
+    time: datetime
+    report: CheckpointReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +290,11 @@ class JobRequest:
     idempotency_key: str = ""
     request_digest: str = ""
     traceparent: str = ""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The ids of its files: training, and validation where there is one."""
+        return tuple(filter(None, (self.training_file, self.validation_file)))
 
 
 @dataclass(frozen=True, slots=True)

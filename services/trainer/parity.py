@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import grpc
 import numpy as np
@@ -25,6 +25,7 @@ from services.common.errors import FailedPrecondition, Internal, ResourceExhaust
 from services.common.fingerprint import ComputeDtype
 from services.common.status import from_rpc_error
 from services.common.tls import PeerTls
+from services.trainer.config import TrainerSettings
 from services.trainer.job import ParityReport
 
 # No client's tenant: keys are made for others.
@@ -81,6 +82,14 @@ class ParityGate:
         self._registry = registry
         self._tolerance = tolerance_nats
 
+    @classmethod
+    def configured(cls, settings: TrainerSettings, registry: CandidateRegistry) -> Self | None:
+        """Return the gate to the inference service of `settings`; None where none is named."""
+        if settings.inference_target is None:
+            return None
+        tolerance = settings.parity_tolerance_nats or TOLERANCE_NATS[settings.base_quantization.compute_dtype]
+        return cls(settings.inference_target, registry, tolerance, settings.peer_tls)
+
     async def close(self) -> None:
         """Close the channel."""
         await self._channel.close()
@@ -98,7 +107,7 @@ class ParityGate:
         May be called again after a failure.
 
         Args:
-            name: the candidate's, such as the job's id.
+            name: the candidate's, such as the job's id; nobody else checks under it at the same time.
 
         Raises:
             Unavailable: a service does not answer just now.
@@ -115,7 +124,7 @@ class ParityGate:
                 folder,
                 adapter=name,
                 base_fingerprint_digest=base_fingerprint_digest,
-                card=adapter_pb2.ModelCard(description="candidate of a job, before its parity gate"),
+                card=adapter_pb2.ModelCard(description="candidate, before its parity gate"),
                 # None: a later attempt would be given the version that this one takes away again.
                 idempotency_key="",
             )
@@ -175,7 +184,7 @@ def compare(
 
 
 def parity_failed(report: ParityReport) -> FailedPrecondition:
-    """Return what ends the job where the gate does not open."""
+    """Return why a version is not published where the gate does not open."""
     return FailedPrecondition(
         "parity_failed",
         f"served, a token's log-probability differs by {report.max_difference:.4g} nats from training, over "

@@ -6,15 +6,15 @@ import asyncio
 from functools import partial
 from pathlib import Path
 
-from services.common.errors import DataLoss, InvalidArgument
+from services.common.errors import InvalidArgument
 from services.common.failpoints import failpoint
 from services.common.prompts import PromptEncoder
 from services.trainer.bases import TrainableBase
 from services.trainer.config import TrainerSettings
 from services.trainer.figures import metrics_csv
 from services.trainer.job import Draft, Facts, Job, JobResult, JobState, Level, ParityReport
-from services.trainer.parity import TOLERANCE_NATS, ParityGate, parity_failed
-from services.trainer.preparation import PreparedData, prepare
+from services.trainer.parity import ParityGate, parity_failed
+from services.trainer.preparation import PreparedData, prepare_validated
 from services.trainer.publishing import job_result, model_card
 from services.trainer.registry_client import RegistryClient
 from services.trainer.reporter import RunReporter
@@ -55,29 +55,24 @@ class Pipeline:
 
     async def prepare(self) -> None:
         """Fetch the rows, which must be those that were validated."""
-        request = self.job.request
+        job = self.job
+        assert job.dataset is not None, "a job that runs was validated"
         failpoint("tokens.before_download")
-        paths = []
-        for file_id in filter(None, (request.training_file, request.validation_file)):
+        limit = self._settings.max_dataset_bytes
+        for file_id in job.request.files:
             path = self._folder / file_id
-            limit = self._settings.max_dataset_bytes
             await self._reporter.patience.call(
                 partial(self._registry.download, file_id, path, max_bytes=limit)
             )
-            paths.append(path)
-        data = await asyncio.to_thread(
-            prepare,
-            paths[0],
-            paths[1] if len(paths) > 1 else None,
+        self._data = await asyncio.to_thread(
+            prepare_validated,
+            job.request,
+            job.dataset,
+            self._folder,
             self._encoder,
-            request.spec,
-            seed=request.seed,
             folder=self._folder / "tokens",
             check=self._reporter.check,
         )
-        if data.report != self.job.dataset:
-            raise DataLoss("dataset_changed", "the data is not what was validated", field="training_file")
-        self._data = data
         failpoint("tokens.after_write")
 
     def begin(self, base: SharedBase) -> TrainingRun:
@@ -167,10 +162,12 @@ class Pipeline:
 
     async def _check_parity(self, model: AdapterModel, folder: Path, base: TrainableBase) -> None:
         """Have the inference service compute what was trained; raise `FailedPrecondition` if it differs."""
-        target = self._settings.inference_target
-        if target is None:
-            return
-        report = self.job.parity or await self._measure_parity(target, model, folder, base)
+        report = self.job.parity
+        if report is None:
+            gate = ParityGate.configured(self._settings, self._registry)
+            if gate is None:
+                return
+            report = await self._measure_parity(gate, model, folder, base)
         if report is None:
             text = "The inference service has another base: what it computes was not compared"
             self._reporter.send(Draft(text, level=Level.WARN))
@@ -178,15 +175,11 @@ class Pipeline:
             raise parity_failed(report)
 
     async def _measure_parity(
-        self, target: str, model: AdapterModel, folder: Path, base: TrainableBase
+        self, gate: ParityGate, model: AdapterModel, folder: Path, base: TrainableBase
     ) -> ParityReport | None:
-        settings = self._settings
-        dtype = settings.base_quantization.compute_dtype
-        tolerance = settings.parity_tolerance_nats or TOLERANCE_NATS[dtype]
-        probes = await asyncio.to_thread(probe, model, self._rows.validation or self._rows.training)
-        gate = ParityGate(target, self._registry, tolerance, settings.peer_tls)
         digest = base.fingerprint.digest
         try:
+            probes = await asyncio.to_thread(probe, model, self._rows.for_probes)
             report = await self._reporter.patience.call(
                 partial(gate.check, folder, probes, name=self.job.id, base_fingerprint_digest=digest)
             )

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from services.common.errors import DataLoss
 from services.common.prompts import PromptEncoder
 from services.trainer.dataset import FaultList, LineError
-from services.trainer.job import DatasetReport, HistogramBucket
+from services.trainer.job import DatasetReport, HistogramBucket, JobRequest
 from services.trainer.spec import TaskMetric, TrainingSpec
 from services.trainer.survey import Survey, survey
 from services.trainer.token_rows import TokenRows
@@ -30,6 +31,11 @@ class PreparedData:
     training: TokenRows
     validation: TokenRows
     report: DatasetReport
+
+    @property
+    def for_probes(self) -> TokenRows:
+        """Rows to compare two services by: held-out ones where there are any."""
+        return self.validation if len(self.validation) else self.training
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,35 @@ def prepare(
     assert first is not None
     assert last is not None
     return PreparedData(first.take(division.training), last.take(division.validation), _report(division))
+
+
+def prepare_validated(
+    request: JobRequest,
+    validated: DatasetReport,
+    files: Path,
+    encoder: PromptEncoder,
+    *,
+    folder: Path,
+    check: Callable[[], None] = lambda: None,
+) -> PreparedData:
+    """Return the data of a job whose files lie in the folder `files`, by their ids; the rest as `prepare`.
+
+    Raises:
+        DataLoss: `dataset_changed`, where it is not what was `validated`.
+    """
+    training_path, *validation_paths = (files / file_id for file_id in request.files)
+    data = prepare(
+        training_path,
+        validation_paths[0] if validation_paths else None,
+        encoder,
+        request.spec,
+        seed=request.seed,
+        folder=folder,
+        check=check,
+    )
+    if data.report != validated:
+        raise DataLoss("dataset_changed", "the data is not what was validated", field="training_file")
+    return data
 
 
 def hold_out(

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from lorafleet.registry.v1 import adapter_pb2
 from services.common.prompts import PromptEncoder
 from services.trainer.figures import CHECKPOINT_VALIDATION_ROWS
-from services.trainer.job import Checkpoint, EvaluationMetric, Job, JobResult
+from services.trainer.job import Checkpoint, CheckpointReport, EvaluationMetric, Job, JobResult
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "lorafleet")
 
@@ -44,19 +44,21 @@ def model_card(job: Job, encoder: PromptEncoder) -> adapter_pb2.ModelCard:
 
 
 def checkpoint_card(
-    job: Job, checkpoint: Checkpoint, encoder: PromptEncoder, *, conversion_error: float
+    job: Job, checkpoint: Checkpoint, encoder: PromptEncoder, report: CheckpointReport
 ) -> adapter_pb2.ModelCard:
-    """Return the card of a checkpoint's version: the job's, with what was measured at that step alone."""
+    """Return the card of a checkpoint's version: the job's, with what was measured of that checkpoint."""
     then = replace(
         job,
         trained_tokens=checkpoint.trained_tokens,
-        evaluation=None,
-        parity=None,
-        collapsed=None,
-        conversion_error=conversion_error,
+        evaluation=report.evaluation,
+        parity=report.parity,
+        collapsed=report.collapsed,
+        conversion_error=report.conversion_error,
     )
     card = model_card(then, encoder)
     card.description = f"Checkpoint {checkpoint.id} at step {checkpoint.step} of job {job.id}."
+    if report.evaluation:
+        return card
     assert job.dataset is not None, "a job that trained was validated"
     rows = min(job.dataset.validation_rows, CHECKPOINT_VALIDATION_ROWS)
     measured = {"loss": checkpoint.valid_loss, "token_accuracy": checkpoint.valid_mean_token_accuracy}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -26,7 +26,7 @@ from services.trainer.conversion import (
 from services.trainer.estimate import require_fit
 from services.trainer.estimator import Estimator
 from services.trainer.index import JobView
-from services.trainer.job import check_job_id, event_sequence
+from services.trainer.job import Checkpoint, Job, Publication, check_job_id, event_sequence
 from services.trainer.methods import METHODS
 from services.trainer.pages import decode_number, decode_token, encode_token, page_size
 from services.trainer.requests import RequestChecker
@@ -152,14 +152,9 @@ class TrainerServicer(TrainerServiceServicer):
         skipped = len(newest) - start if start else 0
         page = newest[skipped : skipped + size]
         rest = len(newest) - skipped - len(page)
-        published = {each.checkpoint_id: each.fine_tuned_model for each in await self._book.publications(job)}
+        publications = await self._book.publications(job)
         return trainer_service_pb2.ListCheckpointsResponse(
-            checkpoints=[
-                checkpoint_to_proto(
-                    job.id, each, fine_tuned_model=each.fine_tuned_model or published.get(each.id, "")
-                )
-                for each in page
-            ],
+            checkpoints=[_checkpoint(job, each, publications) for each in page],
             next_page_token=encode_token(_CHECKPOINTS, str(rest)) if rest else "",
         )
 
@@ -170,7 +165,9 @@ class TrainerServicer(TrainerServiceServicer):
         checkpoint = job.checkpoint(request.checkpoint_id)
         adapter = adapter_name(request.adapter) if request.adapter else job.request.adapter
         model = await self._publisher.publish(job, checkpoint, adapter)
-        return checkpoint_to_proto(job.id, checkpoint, fine_tuned_model=model)
+        message = _checkpoint(job, checkpoint, await self._book.publications(job))
+        message.fine_tuned_model = model
+        return message
 
     async def ValidateDataset(  # noqa: N802
         self, request: trainer_service_pb2.ValidateDatasetRequest, context: Context
@@ -188,3 +185,16 @@ class TrainerServicer(TrainerServiceServicer):
 
     async def _find(self, job_id: str) -> JobView:
         return await self._book.get(current_tenant(), check_job_id(job_id))
+
+
+def _checkpoint(job: Job, checkpoint: Checkpoint, publications: Sequence[Publication]) -> job_pb2.Checkpoint:
+    """Return a checkpoint with what came of publishing it, `publications` of any checkpoint, oldest first."""
+    own = [each for each in publications if each.checkpoint_id == checkpoint.id]
+    models = [each.fine_tuned_model for each in own if each.fine_tuned_model]
+    reports = [each.report for each in own if each.report is not None]
+    return checkpoint_to_proto(
+        job.id,
+        checkpoint,
+        fine_tuned_model=checkpoint.fine_tuned_model or (models[-1] if models else ""),
+        report=reports[-1] if reports else None,
+    )

@@ -12,7 +12,7 @@ import pytest_asyncio
 import redis.asyncio
 from safetensors.torch import load
 
-from lorafleet.registry.v1 import adapter_pb2
+from lorafleet.registry.v1 import adapter_pb2, file_pb2
 from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
 from services.common.errors import Code, DeadlineExceeded, LorafleetError
 from services.common.valkey import EmbeddedValkey
@@ -172,6 +172,39 @@ async def test_checkpoint_of_a_failed_job(trainer: Trainer) -> None:
     (version,) = await versions(trainer, "spent")
     assert version.card.trained_tokens == failed.trained_tokens
     assert {metric.name for metric in version.card.metrics} == {"conversion_error"}
+
+
+async def test_a_checkpoint_is_evaluated_like_the_job(trainer: Trainer, place: TrainerPlace) -> None:
+    asked = spec(n_epochs=2, batch_size=5, checkpoint_steps=2, validation_fraction=0.2)
+    job = await trainer.create(prompt_rows(25), asked, adapter="measured")
+    job = await trainer.until(job.id, job_pb2.JOB_STATE_SUCCEEDED)
+    last, before, *_ = await checkpoints(trainer, job.id)
+    made = await publish(trainer, job.id, before.id, "half-way")
+    figures = {figure.name: figure for figure in made.evaluation}
+    at_the_end = {figure.name: figure for figure in job.result.evaluation}
+    assert set(figures) == {"loss", "token_accuracy"}
+    assert figures["loss"].base_value == at_the_end["loss"].base_value
+    # Its own weights were measured: over all held-out rows this is the loss that training noted for it.
+    assert figures["loss"].adapter_value == pytest.approx(before.valid_loss, rel=1e-4)
+    assert figures["loss"].adapter_value != at_the_end["loss"].adapter_value
+    assert figures["loss"].ci_low < figures["loss"].adapter_value < figures["loss"].ci_high
+    assert not made.HasField("parity"), "no inference service is named"
+    (version,) = await versions(trainer, "half-way")
+    card = {(metric.name, metric.subject): metric for metric in version.card.metrics}
+    assert card["loss", "adapter"].value == figures["loss"].adapter_value
+    assert card["loss", "base"].value == figures["loss"].base_value
+    assert len(card) == len(version.card.metrics)
+
+    async with redis.asyncio.Redis.from_url(place.redis_url) as client:
+        await client.delete(*[key async for key in client.scan_iter("trainer:*")])
+    assert (await checkpoints(trainer, job.id))[1] == made
+    # The same rows are needed again.
+    await trainer.registry.call(
+        trainer.registry.files.DeleteFile, file_pb2.DeleteFileRequest(file_id=job.training_file)
+    )
+    with pytest.raises(LorafleetError) as caught:
+        await publish(trainer, job.id, last.id, "without-rows")
+    assert (caught.value.reason, caught.value.code) == ("file_not_found", Code.NOT_FOUND)
 
 
 async def test_what_cannot_be_published_is_refused_by_name(trainer: Trainer, place: TrainerPlace) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from lorafleet.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from lorafleet.registry.v1 import adapter_pb2
-from lorafleet.trainer.v1 import job_pb2
+from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
 from services.common.channels import open_channel
-from services.common.errors import NotFound
+from services.common.errors import Code, LorafleetError, NotFound
 from services.trainer.parity import CANDIDATE_TENANT, ParityGate, Probe, compare
 from services.trainer.registry_client import RegistryClient
 from tests.support.inference import InferenceClient, running_inference, settings_for, until_served
@@ -31,6 +31,7 @@ from tests.support.trainer import (
 # A scale of 5 / 4 is folded into B with a rounding, so that serving and training cannot agree to the last
 # bit.
 SPEC = spec(n_epochs=2, batch_size=4, validation_fraction=0.25, alpha=5.0)
+EXACT_MATCH = job_pb2.TASK_METRIC_EXACT_MATCH
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(base: Path, tmp_path: Path, redis_url: str) -> TrainerPlace:
-    return TrainerPlace(base, tmp_path, redis_url)
+    return TrainerPlace(base, tmp_path, redis_url, call_seconds=100)
 
 
 @asynccontextmanager
@@ -99,6 +100,59 @@ async def test_another_base_is_not_compared(place: TrainerPlace, tmp_path: Path)
         assert not job.result.HasField("parity")
         warnings = [e.message for e in await trainer.events(job.id) if e.level == job_pb2.EVENT_LEVEL_WARN]
         assert any("another base" in text for text in warnings)
+
+
+async def test_a_checkpoint_passes_the_same_gate(place: TrainerPlace) -> None:
+    asked = spec(n_epochs=2, batch_size=4, validation_fraction=0.25, alpha=5.0, task_metric=EXACT_MATCH)
+    async with registry_host(place) as registry:
+        settings = settings_for(
+            place.base, place.folder / "cache", registry, base_name=BASE, quantization="nf4"
+        )
+        async with running_inference(settings) as (_, inference):
+            async with running_trainer(
+                place, registry, INFERENCE_TARGET=inference, PARITY_TOLERANCE_NATS="1e-12"
+            ) as trainer:
+                job = await trainer.create(prompt_rows(40), asked, adapter="digits")
+                failed = await trainer.until(job.id, job_pb2.JOB_STATE_FAILED)
+                listing = trainer_service_pb2.ListCheckpointsRequest(job_id=job.id)
+                (last,) = (await trainer.call("ListCheckpoints", listing)).checkpoints
+                ask = trainer_service_pb2.PublishCheckpointRequest(
+                    job_id=job.id, checkpoint_id=last.id, adapter="early"
+                )
+                with pytest.raises(LorafleetError) as caught:
+                    await trainer.call("PublishCheckpoint", ask)
+                assert (caught.value.reason, caught.value.code) == (
+                    "parity_failed",
+                    Code.FAILED_PRECONDITION,
+                )
+                (refused,) = (await trainer.call("ListCheckpoints", listing)).checkpoints
+                # The weights are those of the job that failed, and so is what was measured of them.
+                assert refused.parity == failed.result.parity
+                assert list(refused.evaluation) == list(failed.result.evaluation)
+                assert refused.fine_tuned_model == ""
+                assert await versions(trainer, "early") == []
+            async with running_trainer(place, registry, INFERENCE_TARGET=inference) as trainer:
+                # Measured anew, now that other services agree as far as is asked.
+                made = await trainer.call("PublishCheckpoint", ask)
+                assert made.fine_tuned_model.endswith(":early:v1")
+                assert made.parity.tolerance == pytest.approx(1e-3)
+                assert made.parity.max_difference == refused.parity.max_difference
+                (version,) = await versions(trainer, "early")
+                assert await candidates(trainer) == []
+    measured = {(metric.name, metric.subject): metric.value for metric in version.card.metrics}
+    assert measured["parity_max_difference", "adapter"] == made.parity.max_difference
+    for figure in failed.result.evaluation:
+        assert measured[figure.name, "base"] == figure.base_value
+        assert measured[figure.name, "adapter"] == figure.adapter_value
+    assert {figure.name for figure in failed.result.evaluation} == {"loss", "token_accuracy", "exact_match"}
+
+
+async def versions(trainer: Trainer, adapter: str) -> list[adapter_pb2.AdapterVersion]:
+    try:
+        request = adapter_pb2.ListVersionsRequest(adapter=adapter)
+        return list((await trainer.registry.call(trainer.registry.adapters.ListVersions, request)).versions)
+    except NotFound:
+        return []
 
 
 def test_one_token_apart_is_found() -> None:
