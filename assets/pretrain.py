@@ -1,10 +1,11 @@
 """Pretrains the bundled base model on the CPU.
 
-    python -m assets.pretrain --corpus CORPUS --out assets/base --cache assets/.cache --stop-at-minutes 70
+    python -m assets.pretrain --corpus CORPUS --out assets/base --stage reading --stop-at-minutes 83
+    python -m assets.pretrain --corpus CORPUS --out assets/base --stage copying --stop-at-minutes 60
 
-The run is over when the token budget is read or the time is up, whichever is first; the learning rate is a
-function of that progress, so the run always ends annealed. It resumes from its checkpoint, and exports the
-model as it goes.
+A stage is over when its token budget is read or its time is up, whichever is first; the learning rate is a
+function of that progress, so a stage always ends annealed. It resumes from its checkpoint, and exports the
+model as it goes. The second stage begins with the weights and moments that the first one ended with.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch.optim import AdamW, Muon, Optimizer
 from transformers import LlamaForCausalLM
 
 from assets.base_model import export_base, new_base
-from assets.schedule import LONG_ROW_TOKENS, batch_plan, learning_rate_factor
+from assets.guidance import GUIDANCE_WEIGHT, guidance_loss
+from assets.schedule import LONG_ROW_TOKENS, STAGES, batch_plan, learning_rate_factor
 from assets.streams import BatchReader, load_streams
 from assets.training_state import RunCounters, load_state, save_state
 
@@ -31,8 +33,9 @@ CHECKPOINT_EVERY_SECONDS = 240.0
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """One run: where it reads and writes, how long it lasts, and its optimiser."""
+    """One stage's run: where it reads and writes, how long it lasts, and its optimiser."""
 
+    stage: str
     corpus: Path
     out: Path
     cache: Path
@@ -45,7 +48,17 @@ class RunSettings:
     muon_rate: float
     adam_rate: float
     threads: int
+    device: str
     seed: int
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the stage keeps its state."""
+        return checkpoint_of(self.cache, self.stage)
+
+
+def checkpoint_of(cache: Path, stage: str) -> Path:
+    return cache / f"pretraining-{stage}.safetensors"
 
 
 class PretrainingRun:
@@ -53,21 +66,29 @@ class PretrainingRun:
 
     def __init__(self, settings: RunSettings) -> None:
         self._settings = settings
+        self._stage = STAGES[settings.stage]
         tokenizer_file = settings.out / "tokenizer.json"
         streams = load_streams(
             settings.corpus, tokenizer_file, settings.cache, settings.instruction_chats, settings.seed
         )
         self._reader = BatchReader(streams, settings.seed)
-        self._model = new_base(settings.seed)
+        self._device = torch.device(settings.device)
+        self._model = new_base(settings.seed).to(self._device)
         self._optimizers = build_optimizers(self._model, settings)
         self._rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self._optimizers.items()}
         self._counters = RunCounters(step=0, tokens=0, elapsed_seconds=0.0, cursors=self._reader.cursors)
-        self._checkpoint = settings.cache / "pretraining.safetensors"
-        self._log = settings.cache / "training_log.jsonl"
-        if self._checkpoint.exists():
-            self._counters = load_state(self._checkpoint, self._model, self._optimizers)
+        self._log = settings.cache / f"training_log-{settings.stage}.jsonl"
+        if settings.checkpoint.exists():
+            self._counters = load_state(settings.checkpoint, self._model, self._optimizers)
+            # A stream that is newer than the checkpoint begins at its start.
+            self._counters.cursors = dict.fromkeys(streams, 0) | self._counters.cursors
             self._reader.cursors = self._counters.cursors
             drop_later_lines(self._log, self._counters.step)
+        elif self._stage.after is not None:
+            before = load_state(
+                checkpoint_of(settings.cache, self._stage.after), self._model, self._optimizers
+            )
+            self._reader.cursors.update(before.cursors)
 
     def run(self) -> None:
         """Trains to the end; a checkpoint every few minutes, a model every `export_every_minutes`."""
@@ -81,12 +102,12 @@ class PretrainingRun:
             if counters.step % LOG_EVERY_STEPS == 0:
                 self._write_log(loss, progress)
             if now - last_checkpoint > CHECKPOINT_EVERY_SECONDS:
-                save_state(self._checkpoint, self._model, self._optimizers, counters)
+                save_state(settings.checkpoint, self._model, self._optimizers, counters)
                 last_checkpoint = now
             if now - last_export > 60.0 * settings.export_every_minutes:
                 export_base(self._model, settings.out)
                 last_export = now
-        save_state(self._checkpoint, self._model, self._optimizers, counters)
+        save_state(settings.checkpoint, self._model, self._optimizers, counters)
         export_base(self._model, settings.out)
 
     def _progress(self) -> float:
@@ -101,11 +122,16 @@ class PretrainingRun:
         for name, optimizer in self._optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = self._rates[name] * factor
-        plan = batch_plan(progress, self._settings.batch_tokens)
-        ids = torch.from_numpy(self._reader.read(counters.step, plan.rows, plan.row_tokens, plan.mix))
-        logits = self._model(input_ids=ids, use_cache=False).logits
+        plan = batch_plan(self._stage, progress, self._settings.batch_tokens)
+        ids = torch.from_numpy(self._reader.read(counters.step, plan.rows, plan.row_tokens, plan.mix)).to(
+            self._device
+        )
+        self._use_attention("eager" if plan.guided else "sdpa")
+        output = self._model(input_ids=ids, use_cache=False, output_attentions=plan.guided)
+        logits = output.logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        guidance = guidance_loss(ids, output.attentions) if plan.guided else loss.new_zeros(())
+        (loss + GUIDANCE_WEIGHT * guidance).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), GRADIENT_CLIP)
         for optimizer in self._optimizers.values():
             optimizer.step()
@@ -113,6 +139,11 @@ class PretrainingRun:
         counters.step += 1
         counters.tokens += ids.numel()
         return float(loss.item())
+
+    def _use_attention(self, implementation: str) -> None:
+        """Only the eager attention shows its weights; the other one is faster."""
+        if self._model.config._attn_implementation != implementation:
+            self._model.set_attn_implementation(implementation)
 
     def _write_log(self, loss: float, progress: float) -> None:
         counters = self._counters
@@ -122,7 +153,7 @@ class PretrainingRun:
             "elapsed_seconds": round(counters.elapsed_seconds, 1),
             "loss": round(loss, 4),
             "rate_factor": round(learning_rate_factor(counters.step, progress), 4),
-            "row_tokens": batch_plan(progress, self._settings.batch_tokens).row_tokens,
+            "row_tokens": batch_plan(self._stage, progress, self._settings.batch_tokens).row_tokens,
         }
         with self._log.open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
@@ -130,6 +161,8 @@ class PretrainingRun:
 
 def drop_later_lines(log: Path, step: int) -> None:
     """Drops the lines of steps after `step`, which a resumed run writes again."""
+    if not log.exists():
+        return
     lines = [
         line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step
     ]
@@ -160,6 +193,7 @@ def build_optimizers(model: LlamaForCausalLM, settings: RunSettings) -> dict[str
 
 def parse_settings() -> RunSettings:
     parser = argparse.ArgumentParser(description="Pretrain the bundled base model.")
+    parser.add_argument("--stage", choices=tuple(STAGES), required=True)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument(
         "--out", type=Path, default=Path("assets/base"), help="holds the tokenizer; gets the model"
@@ -178,6 +212,7 @@ def parse_settings() -> RunSettings:
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=0.003)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda where there is one")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.batch_tokens <= 0 or arguments.batch_tokens % LONG_ROW_TOKENS:

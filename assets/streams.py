@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from assets.copying import WordSource, copy_documents
 from assets.corpus import read_parts
 from assets.echoes import Tokens, echo_documents
 from assets.instructions import InstructionGenerator, Turn
@@ -22,6 +23,7 @@ FICTION = ["fiction-00", "fiction-01", "fiction-02", "fiction-03"]
 _BATCH_DOCUMENTS = 2000
 _PLAIN_ROWS_PER_CHAT = 4
 _ECHOES = 12_000
+_COPY_DOCUMENTS = 60_000
 
 
 def render_chat(turns: Iterable[Turn]) -> str:
@@ -53,7 +55,9 @@ def instruction_documents(chat_count: int, seed: int) -> Iterator[str]:
 def load_streams(
     corpus: Path, tokenizer_file: Path, cache: Path, instruction_chats: int, seed: int
 ) -> dict[str, Tokens]:
-    """Returns the streams `children`, `fiction`, `instructions` and `echoes`; they are tokenised only once.
+    """Returns the streams by name: `children`, `fiction`, `instructions`, `copies` and `echoes`.
+
+    They are tokenised only once.
 
     The cache is keyed by the tokenizer, the number of conversations and the seed, so a new tokenizer never
     reads old tokens.
@@ -66,6 +70,10 @@ def load_streams(
         "children": lambda: story_documents(corpus, CHILDREN, seed),
         "fiction": lambda: story_documents(corpus, FICTION, seed),
         "instructions": lambda: instruction_documents(instruction_chats, seed),
+        "copies": lambda: (
+            text + END_OF_TEXT
+            for text in copy_documents(WordSource.training(tokenizer), _COPY_DOCUMENTS, seed)
+        ),
     }
     cache.mkdir(parents=True, exist_ok=True)
     streams: dict[str, Tokens] = {}

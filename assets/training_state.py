@@ -27,10 +27,12 @@ def save_state(
     path: Path, model: torch.nn.Module, optimizers: dict[str, Optimizer], counters: RunCounters
 ) -> None:
     """Writes the whole state of a run; the file appears whole or not at all."""
-    tensors = {f"model/{name}": tensor.detach() for name, tensor in model.named_parameters()}
+    tensors = {f"model/{name}": tensor.detach().cpu() for name, tensor in model.named_parameters()}
     for label, optimizer in optimizers.items():
         for index, slots in optimizer.state_dict()["state"].items():
-            tensors.update({f"{label}/{index}/{slot}": value.contiguous() for slot, value in slots.items()})
+            tensors.update(
+                {f"{label}/{index}/{slot}": value.cpu().contiguous() for slot, value in slots.items()}
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"counters": json.dumps(asdict(counters))})

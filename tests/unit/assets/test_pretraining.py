@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from assets.base_model import base_config, export_base, new_base
 from assets.echoes import echo_documents
 from assets.pretrain import PretrainingRun, RunSettings, build_optimizers, drop_later_lines
-from assets.schedule import DECAY_FROM, WARMUP_STEPS, batch_plan, learning_rate_factor
+from assets.schedule import DECAY_FROM, STAGES, WARMUP_STEPS, Stage, batch_plan, learning_rate_factor
 from assets.streams import CHILDREN, FICTION, BatchReader, load_streams
 from assets.tokenizer import train_tokenizer, write_tokenizer
 from assets.training_state import RunCounters, load_state, save_state
@@ -34,6 +35,7 @@ def _write_corpus(folder: Path) -> None:
 
 def _settings(folder: Path, **changes: int | str) -> RunSettings:
     settings: dict[str, object] = {
+        "stage": "reading",
         "corpus": folder / "corpus",
         "out": folder / "base",
         "cache": folder / "cache",
@@ -46,6 +48,7 @@ def _settings(folder: Path, **changes: int | str) -> RunSettings:
         "muon_rate": 0.02,
         "adam_rate": 0.003,
         "threads": 1,
+        "device": "cpu",
         "seed": 1,
     }
     return RunSettings(**{**settings, **changes})  # type: ignore[arg-type]
@@ -59,13 +62,15 @@ def test_learning_rate_warms_up_stays_and_ends_at_zero() -> None:
     assert learning_rate_factor(1000, 1.0) == 0.0
 
 
-def test_every_batch_has_the_same_tokens_and_long_rows_come_last() -> None:
-    plans = [batch_plan(progress / 100, 4096) for progress in range(100)]
+@pytest.mark.parametrize("stage", STAGES.values(), ids=lambda stage: stage.name)
+def test_every_batch_has_the_same_tokens_and_long_rows_come_last(stage: Stage) -> None:
+    plans = [batch_plan(stage, progress / 100, 4096) for progress in range(100)]
     assert {plan.rows * plan.row_tokens for plan in plans} == {4096}
     assert [plan.row_tokens for plan in plans] == sorted(plan.row_tokens for plan in plans)
     assert plans[-1].row_tokens == base_config().max_position_embeddings
     assert all(sum(plan.mix.values()) == pytest.approx(1.0) for plan in plans)
-    assert plans[-1].mix["instructions"] > plans[0].mix["instructions"]
+    assert plans[-1].mix["instructions"] > plans[0].mix.get("instructions", 0.0)
+    assert [plan.guided for plan in plans] == [n / 100 < stage.guided_until for n in range(100)]
 
 
 def test_reader_goes_on_from_its_cursors() -> None:
@@ -91,16 +96,27 @@ def test_reader_begins_again_where_a_stream_ends() -> None:
     assert rows.tolist() == [list(range(10)), list(range(10, 20)), list(range(5, 15))]
 
 
+def _is_recall(body: list[int]) -> bool:
+    """Whether the last twelve pairs of tokens are all among the pairs before."""
+    pairs = list(zip(body[::2], body[1::2], strict=False))
+    return len(body) % 2 == 0 and 14 <= len(pairs) <= 20 and set(pairs[-12:]) <= set(pairs[:-12])
+
+
 def test_echoes_say_the_same_span_again() -> None:
     source = np.random.default_rng(1).integers(6, 4096, 5000).astype(np.uint16)
     packed = echo_documents(source, newline_id=204, document_count=200, seed=2)
     documents = np.split(packed, np.flatnonzero(packed == 0) + 1)[:-1]
     assert len(documents) == 200
+    recalls = 0
     for document in documents:
         body = document[:-1].tolist()
+        if _is_recall(body):
+            recalls += 1
+            continue
         periods = [n for n in range(4, 42) if len(body) % n == 0 and body == body[:n] * (len(body) // n)]
         assert periods
         assert 2 <= len(body) // periods[0] <= 10
+    assert 40 < recalls < 100
     assert (packed == echo_documents(source, newline_id=204, document_count=200, seed=2)).all()
 
 
@@ -164,11 +180,23 @@ def test_a_short_run_learns_resumes_and_exports(tmp_path: Path) -> None:
     PretrainingRun(half).run()
     PretrainingRun(_settings(tmp_path)).run()
     lines = [
-        json.loads(line) for line in (tmp_path / "cache" / "training_log.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (tmp_path / "cache" / "training_log-reading.jsonl").read_text().splitlines()
     ]
     assert [line["step"] for line in lines] == [10, 20]
     assert lines[-1]["tokens"] == 20 * 1024
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
     assert (tmp_path / "base" / "model.safetensors").stat().st_size > 9_000_000
     streams = load_streams(half.corpus, half.out / "tokenizer.json", half.cache, 200, 1)
-    assert set(streams) == {"children", "fiction", "instructions", "echoes"}
+    assert set(streams) == {"children", "fiction", "instructions", "copies", "echoes"}
+    # The second stage goes on with the first one's weights, guided at first, and keeps a log of its own.
+    copying = _settings(tmp_path, stage="copying", token_budget=22 * 1024)
+    went_on = PretrainingRun(copying)
+    first = load_file(half.checkpoint)
+    assert torch.equal(went_on._model.model.norm.weight, first["model/model.norm.weight"])
+    went_on.run()
+    log = (tmp_path / "cache" / "training_log-copying.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [10, 20]
+    assert not torch.equal(
+        load_file(copying.checkpoint)["model/model.norm.weight"], first["model/model.norm.weight"]
+    )
