@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +16,7 @@ from services.inference.config import EngineConfig
 from services.inference.engine.batch import Batch
 from services.inference.engine.blocks import BlockPool
 from services.inference.engine.engine import Engine
+from services.inference.engine.graphs import Capture, DecodeGraphs, run_again
 from services.inference.engine.policy import FairShare, FirstCome, QueuePolicy
 from services.inference.engine.request import RequestLimits
 from services.inference.engine.runner import Runner
@@ -26,7 +28,7 @@ from services.inference.model.loader import BaseModel, load_base
 
 
 def build_engine(config: EngineConfig, fetcher: Fetcher) -> Engine:
-    """Load the base model, allocate the KV cache and start the adapter loaders.
+    """Load the base model, allocate the KV cache, capture its steps on a GPU, and start the adapter loaders.
 
     Raises:
         FailedPrecondition: `base_missing`, `tokenizer_not_fast`, or `kv_too_small` for one block.
@@ -37,14 +39,17 @@ def build_engine(config: EngineConfig, fetcher: Fetcher) -> Engine:
     device = torch.device(config.device_type)
     check_architecture(config.base_path)
     base = load_base(config.base_path, config.base_quantization, device, _kernels(config))
-    if config.kernels == "triton":
-        # Imported here: Triton is there only beside a CUDA build of torch.
-        from services.inference.model.triton_linear import install_triton
-
-        install_triton(base.model, base.binding)
+    base, capture = _on_triton(config, base) if config.uses_triton else (base, None)
+    if config.decode_graphs == "eager":
+        capture = run_again
     budget = config.device_budget
     kv = _allocate_kv(config, base, budget)
     _run_once(base, kv)
+    max_model_len = _max_model_len(config, base, kv)
+    graphs = None
+    if capture is not None:
+        graphs = DecodeGraphs(base, kv, max_rows=config.max_num_seqs, max_model_len=max_model_len)
+        graphs.capture(capture)
     adapters = AdapterCache(
         fetcher,
         DiskTier(config.adapter_cache_path, config.adapter_disk_bytes),
@@ -66,9 +71,10 @@ def build_engine(config: EngineConfig, fetcher: Fetcher) -> Engine:
         _policy(config),
         adapters,
         None if base.binding.kernel is not None else StackCache(config.adapter_stack_bytes),
-        RequestLimits(_max_model_len(config, base, kv), base.vocab_size),
+        RequestLimits(max_model_len, base.vocab_size),
         max_batch_tokens=config.max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
+        graphs=graphs,
     )
 
 
@@ -76,6 +82,22 @@ def _kernels(config: EngineConfig) -> Kernels | None:
     """Compile the kernels, or load what was compiled before, where they are wanted and serve."""
     wanted = config.kernels == "auto" and config.device_type == "cpu"
     return load_kernels() if wanted else None
+
+
+def _on_triton(config: EngineConfig, base: BaseModel) -> tuple[BaseModel, Capture | None]:
+    """Put Triton's kernels in the place of the torch forms; return how decode steps are then captured."""
+    # Imported here: Triton is there only beside a CUDA build of torch.
+    from services.inference.engine.cuda_graph import CudaCapture
+    from services.inference.kernels.triton_attention import TritonAttention
+    from services.inference.model.triton_linear import install_triton
+
+    lora = install_triton(
+        base.model, base.binding, max_rows=config.max_batch_tokens, max_adapters=config.max_num_seqs
+    )
+    capture = None
+    if config.decode_graphs == "auto" and base.device.type == "cuda":
+        capture = CudaCapture(lora, base.device, config.decode_graph_bytes)
+    return replace(base, attention=TritonAttention()), capture
 
 
 def _policy(config: EngineConfig) -> QueuePolicy:
@@ -87,9 +109,11 @@ def _policy(config: EngineConfig) -> QueuePolicy:
 def _allocate_kv(config: EngineConfig, base: BaseModel, budget: DeviceBudget) -> PagedKv:
     """Allocate as many blocks as the KV cache may ever have; `kv_bytes` alone must do for one extent."""
     shape = KvShape.of(base.model.config, config.block_size, base.dtype)
-    kv = PagedKv(shape, budget.most_kv_bytes // shape.block_bytes, base.device)
+    # The scratch block is address space on a CPU, and memory on a GPU.
+    scratch = 0 if base.device.type == "cpu" else 1
+    kv = PagedKv(shape, max(budget.most_kv_bytes // shape.block_bytes - scratch, 0), base.device)
     if _own_blocks(config, kv) == 0:
-        least_bytes = min(kv.extent_blocks, kv.num_blocks or 1) * shape.block_bytes
+        least_bytes = (min(kv.extent_blocks, kv.num_blocks or 1) + scratch) * shape.block_bytes
         raise FailedPrecondition(
             "kv_too_small",
             f"The KV cache takes memory by {least_bytes} bytes; kv_bytes is {config.kv_bytes}.",

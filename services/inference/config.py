@@ -5,6 +5,8 @@ Reading them takes no torch, so that bad ones are refused at once.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -44,8 +46,14 @@ class EngineConfig(BaseSettings):
         adapter_device_bytes: device memory of adapters, which grow into what the KV cache leaves idle.
         device_own_share: fraction of each of the two that the other never takes; 1 is a fixed boundary, which
             it always is on a GPU.
-        kernels: `auto` for kernels compiled on this host where they serve (float32 on a CPU with a C
-            compiler), `torch` for their torch forms only, `triton` for adapters through Triton on a GPU.
+        kernels: `auto` for kernels where they serve: compiled on this host (float32 on a CPU with a C
+            compiler), Triton's on a GPU where Triton is installed. `torch` for their torch forms only,
+            `triton` for Triton's or nothing.
+        decode_graphs: `auto` captures decode steps on a GPU with Triton's kernels, `off` captures none;
+            `eager` pads and copies as for captured steps but runs them one kernel after the other, to tell
+            what capturing does.
+        decode_graph_bytes: most device memory of captured steps, beside `kv_bytes` and
+            `adapter_device_bytes`; steps that take more run uncaptured.
         adapter_stack_bytes: device memory of copies of adapters that decode together; the compiled kernels
             need none.
         adapter_host_bytes: host memory of adapters.
@@ -78,6 +86,8 @@ class EngineConfig(BaseSettings):
     adapter_device_bytes: Bytes = 256 * MIB
     device_own_share: Annotated[float, Field(ge=0, le=1)] = 0.25
     kernels: Literal["auto", "torch", "triton"] = "auto"
+    decode_graphs: Literal["auto", "off", "eager"] = "auto"
+    decode_graph_bytes: Bytes = 1024 * MIB
     adapter_stack_bytes: Bytes = 128 * MIB
     adapter_host_bytes: Bytes = 1024 * MIB
     adapter_disk_bytes: Bytes = 8192 * MIB
@@ -95,9 +105,12 @@ class EngineConfig(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _triton_needs_a_gpu(self) -> EngineConfig:
-        if self.kernels == "triton" and self.device_type != "cuda":
-            raise ValueError("kernels is triton, which needs a GPU")
+    def _triton_can_run(self) -> EngineConfig:
+        if self.kernels == "triton":
+            if importlib.util.find_spec("triton") is None:
+                raise ValueError("kernels is triton, which is not installed")
+            if self.device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+                raise ValueError("kernels is triton, which needs a GPU, or its own interpreter")
         return self
 
     @property
@@ -109,6 +122,13 @@ class EngineConfig(BaseSettings):
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def uses_triton(self) -> bool:
+        """Whether the kernels are Triton's."""
+        if self.kernels == "auto":
+            return self.device_type == "cuda" and importlib.util.find_spec("triton") is not None
+        return self.kernels == "triton"
 
     @property
     def device_budget(self) -> DeviceBudget:

@@ -109,6 +109,11 @@ class AdapterWeights:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @cached_property
+    def max_rank(self) -> int:
+        """The largest rank of any linear layer's update; 0 where none is changed."""
+        return max((pair.rank for pair in self.pairs.values()), default=0)
+
+    @cached_property
     def shape_key(self) -> tuple[tuple[str, int, bool, bool], ...]:
         """What two adapters must have in common to be stacked: the same linear layers, at the same ranks, and
         the same vectors. The ends of the model are never stacked.

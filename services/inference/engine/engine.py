@@ -22,6 +22,7 @@ from services.inference.engine.batch import Batch, build_batch
 from services.inference.engine.blocks import BlockPool
 from services.inference.engine.embedding import add_hidden
 from services.inference.engine.events import FinishReason, TokenEvent, TokenLogprob
+from services.inference.engine.graphs import DecodeGraphs
 from services.inference.engine.isolation import Computed, run_isolated
 from services.inference.engine.policy import QueuePolicy
 from services.inference.engine.request import Request, RequestLimits
@@ -53,6 +54,7 @@ class Engine:
         *,
         max_batch_tokens: int,
         max_num_seqs: int,
+        graphs: DecodeGraphs | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
@@ -67,7 +69,7 @@ class Engine:
         )
         self._eos_token_ids = base.eos_token_ids
         self._token_text = TokenBytes(base.tokenizer.backend_tokenizer, special_tokens_have_text=False)
-        self._runner = Runner(base)
+        self._runner = Runner(base, graphs)
         self._sampler = Sampler(base.eos_token_ids)
         self._live: dict[str, list[Sequence]] = {}
         self._stats = EngineStats()

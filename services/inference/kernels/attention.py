@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from services.inference.kernels.library import Attention, Kernels
+from services.inference.model.plain_attention import ScoreChanges
 
 
 class KernelAttention:
@@ -17,10 +18,11 @@ class KernelAttention:
         self._kernels = kernels
         self._scores = torch.empty(0)
 
-    def serves(self, queries: Tensor, keys: Tensor) -> bool:
+    def serves(self, queries: Tensor, keys: Tensor, changes: ScoreChanges) -> bool:
         """Whether the kernel can attend with these queries [tokens, heads, head_dim] to these pages."""
         return (
-            queries.dtype is torch.float32
+            not changes
+            and queries.dtype is torch.float32
             and keys.dtype is torch.float32
             and queries.device.type == "cpu"
             and queries.shape[-1] % self._kernels.lanes == 0
@@ -39,6 +41,7 @@ class KernelAttention:
         max_length: int,
         scaling: float,
         window: int | None,
+        changes: ScoreChanges,
     ) -> None:
         """Write softmax(scaling * q k^T) v of each sequence to its row of `output`.
 
@@ -50,9 +53,10 @@ class KernelAttention:
             tables: [n, blocks] the sequences' pages.
             lengths: [n] the keys that each attends to, of which a window leaves the last.
             max_length: the largest of `lengths`.
+            changes: none.
         """
         keys, values = pages
-        assert self.serves(queries, keys)
+        assert self.serves(queries, keys, changes)
         assert all(tensor.is_contiguous() for tensor in (output, keys, values))
         threads = torch.get_num_threads()
         stride = -(-max_length // self._kernels.lanes) * self._kernels.lanes

@@ -13,8 +13,9 @@
 #define TILE 8
 #define MAX_BLOCKS 3
 
-/* Columns of y that many rows of one adapter change at once. */
-#define EXPAND_COLUMNS 256
+/* Rows of one adapter, and columns of y, that change together. */
+#define EXPAND_ROWS (LANES == 16 ? 8 : 4)
+#define EXPAND_COLUMNS (8 * LANES)
 
 /* Floats of adapters that are asked for ahead of their use. */
 #define FETCH_FLOATS (64 << 10)
@@ -186,40 +187,56 @@ static void shrink(const float *a, int64_t first, int64_t last, const float *x, 
             dots(1, 1, a + r * in, x + row * in, in, low + row * stride + r, stride);
 }
 
-/* y[0..count) += sum over `ranks` of low[r] b[r]. */
-INLINE void axpy(const int ranks, const float *low, const float *b, int64_t out, float *y, int64_t count) {
+/* y[rows, vectors * LANES) += low b; `b` and `y` are at the block's first column. */
+INLINE void expand_block(const int rows, const int vectors, const float *b, int64_t rank, const float *low,
+                         int64_t out, float *y) {
+    lanes acc[EXPAND_ROWS][8];
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) acc[row][v] = load(y + row * out + v * LANES);
+    for (int64_t r = 0; r < rank; r++, b += out)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) {
+            lanes weight = load(b + v * LANES);
+#pragma GCC unroll 8
+            for (int row = 0; row < rows; row++) acc[row][v] += weight * low[row * rank + r];
+        }
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) store(y + row * out + v * LANES, acc[row][v]);
+}
+
+/* y[rows, count) += low b, `vectors` at a time. */
+INLINE void expand_rows(const int rows, const int vectors, const float *b, int64_t rank, const float *low,
+                        int64_t out, float *y, int64_t count) {
     int64_t n = 0;
-    for (; n + LANES <= count; n += LANES) {
-        lanes value = load(y + n);
-#pragma GCC unroll 4
-        for (int r = 0; r < ranks; r++) value += load(b + r * out + n) * low[r];
-        store(y + n, value);
-    }
+    for (; n + vectors * LANES <= count; n += vectors * LANES)
+        expand_block(rows, vectors, b + n, rank, low, out, y + n);
+    for (; n + LANES <= count; n += LANES) expand_block(rows, 1, b + n, rank, low, out, y + n);
     for (; n < count; n++)
-        for (int r = 0; r < ranks; r++) y[n] += b[r * out + n] * low[r];
+        for (int row = 0; row < rows; row++)
+            for (int64_t r = 0; r < rank; r++) y[row * out + n] += b[r * out + n] * low[row * rank + r];
 }
 
-/* y[rows, first..last) += low b. */
-static void add_low(const update *u, const float *low, int64_t rows, int64_t out, float *y, int64_t first,
-                    int64_t last) {
-    int64_t r = 0;
-    for (; r + 4 <= u->rank; r += 4)
-        for (int64_t row = 0; row < rows; row++)
-            axpy(4, low + row * u->rank + r, u->b + r * out + first, out, y + row * out + first, last - first);
-    for (; r < u->rank; r++)
-        for (int64_t row = 0; row < rows; row++)
-            axpy(1, low + row * u->rank + r, u->b + r * out + first, out, y + row * out + first, last - first);
-}
-
-/* y[rows, first..last) = gain y + low b + shift. Many rows take b by pieces that stay in the first cache. */
+/* y[rows, first..last) = gain y + low b + shift. b is taken by pieces that stay in the first cache for all rows. */
 static void expand(const update *u, const float *low, int64_t rows, int64_t out, float *y, int64_t first,
                    int64_t last) {
     if (u->gain)
         for (int64_t row = 0; row < rows; row++)
             for (int64_t n = first; n < last; n++) y[row * out + n] *= u->gain[n];
-    int64_t piece = rows <= 8 ? last - first : EXPAND_COLUMNS;
-    for (int64_t n = first; n < last && u->rank; n += piece)
-        add_low(u, low, rows, out, y, n, least(n + piece, last));
+    int64_t rank = u->rank;
+    for (int64_t n = first; n < last && rank; n += EXPAND_COLUMNS) {
+        int64_t count = least(EXPAND_COLUMNS, last - n), row = 0;
+        const float *b = u->b + n;
+        for (; row + EXPAND_ROWS <= rows; row += EXPAND_ROWS)
+            expand_rows(EXPAND_ROWS, 2, b, rank, low + row * rank, out, y + row * out + n, count);
+        for (; row + EXPAND_ROWS / 2 <= rows; row += EXPAND_ROWS / 2)
+            expand_rows(EXPAND_ROWS / 2, 4, b, rank, low + row * rank, out, y + row * out + n, count);
+        for (; row < rows; row++)
+            expand_rows(1, 8, b, rank, low + row * rank, out, y + row * out + n, count);
+    }
     if (u->shift)
         for (int64_t row = 0; row < rows; row++)
             for (int64_t n = first; n < last; n++) y[row * out + n] += u->shift[n];

@@ -4,7 +4,7 @@
 y = gain y + B (A x) + shift, in two launches per layer as Punica's (arXiv 2310.18547, section 4) and S-LoRA's
 (arXiv 2311.03285, section 5): the first shrinks x to the rank, the second expands. A row's adapter is found
 by address, so nothing is stacked and ranks are not padded beyond the block. Rows without an adapter end at
-once.
+once. The tables of addresses lie where they are for good, so a captured graph reads those of its step.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ _IN_BLOCK = 256
 _OUT_BLOCK = 128
 # a, b, gain, shift, rank of one module of one adapter.
 _FIELDS = 5
+# What the kernels take for granted of A and B, so that they may read many values at once.
+_ALIGNMENT = tl.constexpr(16)
 
 
-@triton.jit
+# Not specialised: no value of these may cost a compilation in the middle of traffic.
+@triton.jit(do_not_specialize=["module", "low_stride"])
 def _shrink(
     x,
     low,
@@ -47,7 +50,7 @@ def _shrink(
         update = tables + (table + module) * fields
         rank = tl.load(update + 4)
         if tl.program_id(1) * rank_block < rank:
-            a = tl.load(update).to(x.dtype)
+            a = tl.multiple_of(tl.load(update), _ALIGNMENT).to(x.dtype)
             total = tl.zeros((rank_block,), dtype=tl.float32)
             for first in range(0, width, in_block):
                 at = first + tl.arange(0, in_block)
@@ -62,7 +65,7 @@ def _shrink(
             tl.store(low + row * low_stride + ranks, total, mask=ranks < rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["module", "low_stride"])
 def _expand(
     y,
     low,
@@ -82,7 +85,7 @@ def _expand(
         rank = tl.load(update + 4)
         gain, shift = tl.load(update + 2), tl.load(update + 3)
         inside = at < width
-        b = tl.load(update + 1).to(y.dtype)
+        b = tl.multiple_of(tl.load(update + 1), _ALIGNMENT).to(y.dtype)
         total = tl.load(y + row * width + at, mask=inside, other=0.0).to(tl.float32)
         if gain != 0:
             total *= tl.load(gain.to(y.dtype) + at, mask=inside, other=0.0).to(tl.float32)
@@ -106,15 +109,20 @@ class _Table:
 class TritonLora:
     """The adapters of one model's step. Owned by one model, used by one thread.
 
-    `modules` gives each linear layer that adapters may change its row in their tables.
+    Args:
+        modules: gives each linear layer that adapters may change its row in their tables.
+        max_rows: most rows of a step.
+        max_adapters: most adapters of a step.
     """
 
-    def __init__(self, modules: Mapping[str, int], device: torch.device) -> None:
+    def __init__(
+        self, modules: Mapping[str, int], device: torch.device, *, max_rows: int, max_adapters: int
+    ) -> None:
         self._modules = modules
-        self._device = device
-        self._made: dict[int, _Table] = {}
-        self._tables = torch.empty(0)
-        self._row_tables = torch.empty(0)
+        self._in_use: dict[int, _Table] = {}
+        self._tables = torch.zeros((max_adapters, len(modules), _FIELDS), dtype=torch.int64, device=device)
+        self._row_tables = torch.full((max_rows,), -1, dtype=torch.int64, device=device)
+        self._num_rows = 0
         self._max_rank = 0
         self.has_adapters = False
 
@@ -125,15 +133,27 @@ class TritonLora:
         for item in rows:
             key = id(item.weights)
             if key not in in_use:
-                in_use[key] = self._made.get(key) or self._table(item.weights)
+                # A table keeps its weights alive, so while it is here the id is theirs.
+                in_use[key] = self._in_use.get(key) or self._table(item.weights)
             row_tables[item.start : item.end] = list(in_use).index(key) * len(self._modules)
-        self._made = in_use
+        self._num_rows = num_rows
+        self._max_rank = max((table.max_rank for table in in_use.values()), default=0)
         self.has_adapters = bool(rows)
-        if rows:
+        if list(in_use) != list(self._in_use) and rows:
             updates = torch.stack([table.updates for table in in_use.values()])
-            self._tables = updates.to(self._device, non_blocking=True)
-            self._row_tables = row_tables.to(self._device, non_blocking=True)
-            self._max_rank = max(table.max_rank for table in in_use.values())
+            self._tables[: len(in_use)].copy_(updates, non_blocking=True)
+        if rows:
+            self._row_tables[:num_rows].copy_(row_tables, non_blocking=True)
+        self._in_use = in_use
+
+    def reserve(self, num_rows: int, max_rank: int) -> None:
+        """Bind `num_rows` rows without an adapter, launching all that adapters of up to `max_rank` take: what
+        is captured of this serves every later step of as many rows.
+        """
+        self.begin((), num_rows)
+        self._row_tables.fill_(-1)
+        self._max_rank = max_rank
+        self.has_adapters = max_rank > 0
 
     def end(self) -> None:
         """Bind no adapter."""
@@ -147,14 +167,14 @@ class TritonLora:
         x = x.contiguous()
         assert y.is_contiguous()
         assert x.dtype == y.dtype
-        rows, width, out = len(self._row_tables), x.shape[-1], y.shape[-1]
+        rows, width, out = self._num_rows, x.shape[-1], y.shape[-1]
         ranks = max(self._max_rank, 1)
         low = torch.empty((rows, ranks), dtype=torch.float32, device=x.device)
         index = self._modules[module]
-        _shrink[(rows, triton.cdiv(ranks, _RANK_BLOCK))](
+        _shrink[(rows, -(-ranks // _RANK_BLOCK))](
             x, low, self._tables, self._row_tables, index, width, ranks, _FIELDS, _RANK_BLOCK, _IN_BLOCK
         )
-        _expand[(rows, triton.cdiv(out, _OUT_BLOCK))](
+        _expand[(rows, -(-out // _OUT_BLOCK))](
             y, low, self._tables, self._row_tables, index, out, ranks, _FIELDS, _OUT_BLOCK
         )
 
@@ -162,8 +182,14 @@ class TritonLora:
         updates = torch.zeros(len(self._modules), _FIELDS, dtype=torch.int64)
         kept: list[object] = [weights]
         for name, pair in weights.pairs.items():
-            a, b = pair.a.contiguous(), pair.b.T.contiguous()
+            a, b = _aligned(pair.a), _aligned(pair.b.T)
             kept += [a, b]
             vectors = [0 if vector is None else vector.data_ptr() for vector in (pair.gain, pair.shift)]
             updates[self._modules[name]] = torch.tensor([a.data_ptr(), b.data_ptr(), *vectors, pair.rank])
-        return _Table(updates, max((pair.rank for pair in weights.pairs.values()), default=0), tuple(kept))
+        return _Table(updates, weights.max_rank, tuple(kept))
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return `tensor`, or a copy of it, as the kernels read it: contiguous, from an aligned address."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % _ALIGNMENT.value == 0 else tensor.clone()

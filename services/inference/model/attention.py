@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from services.common.errors import Unimplemented
-from services.inference.kernels.attention import KernelAttention
 from services.inference.model.kv import PagedKv
 from services.inference.model.plain_attention import ScoreChanges, plain_attention
 
@@ -88,6 +88,33 @@ class PrefillSpan:
         return self.context == 0 and (window is None or window >= self.length)
 
 
+class DecodeKernel(Protocol):
+    """What attends for decoding sequences in place of the torch form."""
+
+    def serves(self, queries: Tensor, keys: Tensor, changes: ScoreChanges) -> bool:
+        """Whether it can attend with these queries [tokens, heads, head_dim] to these pages."""
+        ...
+
+    def attend(
+        self,
+        output: Tensor,
+        queries: Tensor,
+        pages: tuple[Tensor, Tensor],
+        rows: Tensor,
+        tables: Tensor,
+        lengths: Tensor,
+        *,
+        max_length: int,
+        scaling: float,
+        window: int | None,
+        changes: ScoreChanges,
+    ) -> None:
+        """Write each sequence's attention to its row of `output`; `rows`, `tables`, `lengths` and
+        `max_length` are those of a `DecodeGroup`.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
     """What one step's attention needs: the pages, where new tokens go, and who looks at what.
@@ -100,7 +127,7 @@ class AttentionStep:
     slots: Tensor
     decodes: Sequence[DecodeGroup]
     prefills: Sequence[PrefillSpan]
-    kernel: KernelAttention | None = None
+    kernel: DecodeKernel | None = None
     layers: dict[int, int | None] = field(default_factory=dict)
 
 
@@ -145,7 +172,7 @@ def paged_attention(
     step.kv.write(layer, step.slots, keys, values)
     output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
     for group in step.decodes:
-        if step.kernel is not None and not changes and step.kernel.serves(queries, step.kv.keys[layer]):
+        if step.kernel is not None and step.kernel.serves(queries, step.kv.keys[layer], changes):
             step.kernel.attend(
                 output,
                 queries,
@@ -156,6 +183,7 @@ def paged_attention(
                 max_length=group.max_length,
                 scaling=queries.shape[-1] ** -0.5 if scaling is None else scaling,
                 window=sliding_window,
+                changes=changes,
             )
         else:
             rows = group.rows

@@ -44,7 +44,9 @@ class KvShape:
 
 
 class PagedKv:
-    """Keys and values, one pair of tensors per layer, each [num_blocks, block_size, kv_heads, head_dim].
+    """Keys and values, one pair of tensors per layer, each [num_blocks + 1, block_size, kv_heads, head_dim].
+
+    The last block, `scratch_block`, is no sequence's: rows that only fill a step up write and read there.
 
     The tensors start as zeros: padded table entries are read and then masked, and a masked NaN would still
     spread.
@@ -58,7 +60,8 @@ class PagedKv:
         self.num_blocks = num_blocks
         self.block_bytes = shape.block_bytes
         self.is_elastic = device.type == "cpu"
-        size = (num_blocks, shape.block_size, shape.kv_heads, shape.head_dim)
+        self.scratch_block = num_blocks
+        size = (num_blocks + 1, shape.block_size, shape.kv_heads, shape.head_dim)
         self._maps: list[mmap.mmap] = []
         self.extent_blocks = _extent_blocks(shape) if self.is_elastic else num_blocks
         self.keys = [self._zeros(size, device) for _ in range(shape.layers)]

@@ -15,7 +15,7 @@ from services.common.fingerprint import Quantization
 from services.inference.adapters.targets import LoraTargets
 from services.inference.kernels.attention import KernelAttention
 from services.inference.kernels.library import Kernels
-from services.inference.model.attention import ATTENTION_NAME
+from services.inference.model.attention import ATTENTION_NAME, DecodeKernel
 from services.inference.model.decoder import install_decoder
 from services.inference.model.kernel_linear import install_kernels, kernels_serve
 from services.inference.model.linear import StepBinding, install_lora
@@ -28,7 +28,7 @@ class BaseModel:
     """The loaded base: the model with its seams in place, and its tokenizer.
 
     Attributes:
-        attention: the kernel of decoding sequences, where the compiled kernels run.
+        attention: the kernel of decoding sequences, where there is one.
     """
 
     model: PreTrainedModel
@@ -37,7 +37,7 @@ class BaseModel:
     targets: LoraTargets
     dtype: torch.dtype
     device: torch.device
-    attention: KernelAttention | None = None
+    attention: DecodeKernel | None = None
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

@@ -24,12 +24,18 @@ class TritonLoraLinear(LoraLinear):
         return y
 
 
-def install_triton(model: PreTrainedModel, binding: StepBinding) -> None:
-    """Put Triton in the place of the torch form in every layer of the decoder that adapters may change."""
+def install_triton(
+    model: PreTrainedModel, binding: StepBinding, *, max_rows: int, max_adapters: int
+) -> TritonLora:
+    """Put Triton in the place of the torch form in every layer of the decoder that adapters may change, for
+    steps of up to `max_rows` tokens and `max_adapters` adapters.
+    """
     twins = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
-    lora = TritonLora({name: row for row, name in enumerate(twins)}, model.device)
+    rows = {name: row for row, name in enumerate(twins)}
+    lora = TritonLora(rows, model.device, max_rows=max_rows, max_adapters=max_adapters)
     for name, twin in twins.items():
         parent, _, leaf = name.rpartition(".")
         module: nn.Module = TritonLoraLinear(twin, binding, lora)
         setattr(model.get_submodule(parent), leaf, module)
     binding.kernel = lora
+    return lora

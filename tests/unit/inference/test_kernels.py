@@ -161,7 +161,7 @@ def test_decode_attention_over_pages(kernels: Kernels, lengths: tuple[int, ...],
     group = DecodeGroup(rows, tables, torch.tensor(lengths), max(lengths))
     wanted = _decode(kv, 0, group, queries[rows], 0.1, window, ScoreChanges())
     attention = KernelAttention(kernels)
-    assert attention.serves(queries, kv.keys[0])
+    assert attention.serves(queries, kv.keys[0], ScoreChanges())
     got = torch.full((len(lengths), heads, head_dim), torch.nan)
     attention.attend(
         got,
@@ -173,6 +173,7 @@ def test_decode_attention_over_pages(kernels: Kernels, lengths: tuple[int, ...],
         max_length=max(lengths),
         scaling=0.1,
         window=window,
+        changes=ScoreChanges(),
     )
     torch.testing.assert_close(got[rows], wanted, rtol=1e-4, atol=1e-5)
 
@@ -192,6 +193,7 @@ def test_an_undefined_query_stays_undefined(kernels: Kernels) -> None:
         max_length=3,
         scaling=1.0,
         window=None,
+        changes=ScoreChanges(),
     )
     assert got.isnan().all()
 
