@@ -110,7 +110,13 @@ class Settings(BaseSettings):
     """The rules for every settings class: frozen, nothing unknown, no NaN or infinity."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, env_prefix="LORAFLEET_", hide_input_in_errors=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        env_prefix="LORAFLEET_",
+        hide_input_in_errors=True,
+        # What comes from a variable without the prefix can still be given by its name to the constructor.
+        populate_by_name=True,
     )
 
     @classmethod
@@ -236,6 +242,15 @@ class StoreSettings(Settings):
 
     store_access_key: SecretStr | None = None
     store_secret_key: SecretStr | None = None
+
+
+class FileSettings(Settings):
+    """For services that files pass through: one limit, so that none takes what another refuses."""
+
+    max_file_bytes: int = Field(
+        default=512 * 1024 * 1024, ge=1, le=64 * 1024**3, validation_alias="LORAFLEET_MAX_FILE_BYTES"
+    )
+    """Largest file: training data, batches and results."""
 
 
 def load(settings_class: type[SettingsT]) -> SettingsT:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.common.config import (
+    FileSettings,
     ListenAddress,
     PeerSettings,
     RedisUrl,
@@ -24,7 +25,7 @@ def _checked_targets(text: str) -> str:
     return ",".join(str(parse_address(target.strip())) for target in text.split(",") if target.strip())
 
 
-class GatewaySettings(StoreSettings, PeerSettings, ServiceSettings):
+class GatewaySettings(StoreSettings, PeerSettings, FileSettings, ServiceSettings):
     """What the gateway reads at its start."""
 
     model_config = SettingsConfigDict(env_prefix="LORAFLEET_GATEWAY_")
@@ -61,9 +62,6 @@ class GatewaySettings(StoreSettings, PeerSettings, ServiceSettings):
 
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=64 * 1024 * 1024)
     """Largest JSON body."""
-
-    max_file_bytes: int = Field(default=512 * 1024 * 1024, ge=1, le=64 * 1024**3)
-    """Largest uploaded file."""
 
     max_concurrent_uploads: int = Field(default=8, ge=1, le=1024)
     """Uploads that may be held on disk at the same time."""

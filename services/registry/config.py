@@ -9,13 +9,12 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from services.common.adapter_format import DEFAULT_LIMITS, AdapterLimits
-from services.common.adapter_format.limits import MIB
-from services.common.config import IndexSettings, ServiceSettings, StoreSettings
+from services.common.config import FileSettings, IndexSettings, ServiceSettings, StoreSettings
 
 MAX_LEASE_SECONDS = 3600
 
 
-class RegistrySettings(IndexSettings, StoreSettings, ServiceSettings):
+class RegistrySettings(IndexSettings, StoreSettings, FileSettings, ServiceSettings):
     """Settings of the registry process."""
 
     model_config = SettingsConfigDict(env_prefix="LORAFLEET_REGISTRY_")
@@ -28,9 +27,6 @@ class RegistrySettings(IndexSettings, StoreSettings, ServiceSettings):
 
     max_delta_norm: float = Field(default=DEFAULT_LIMITS.max_delta_norm, gt=0)
     """Largest `scale * |B| * |A|` of one layer; see `AdapterLimits`."""
-
-    max_file_bytes: int = Field(default=512 * MIB, ge=1)
-    """Largest uploaded file."""
 
     quota_bytes: int = Field(default=0, ge=0)
     """Most that one tenant may keep, adapters and files together; 0 means no quota."""
@@ -74,15 +70,15 @@ class RegistryLimits:
     """What the registry accepts at most.
 
     Attributes:
-        adapter: limits of the adapter format.
         max_file_bytes: size of one file.
+        adapter: limits of the adapter format.
         max_linear_layers: layers that a base may list.
         upload_seconds: how long a resumable upload may stay open.
         max_open_uploads: resumable uploads of one tenant at once.
     """
 
+    max_file_bytes: int
     adapter: AdapterLimits = DEFAULT_LIMITS
-    max_file_bytes: int = 512 * MIB
     max_linear_layers: int = 65_536
     upload_seconds: float = 3600.0
     max_open_uploads: int = 64

@@ -159,9 +159,7 @@ class CheckpointPublisher:
         if not evaluates and self._settings.inference_target is None:
             return None
         for file_id in job.request.files:
-            await self._registry.download(
-                file_id, folder / file_id, max_bytes=self._settings.max_dataset_bytes
-            )
+            await self._registry.download(file_id, folder / file_id, max_bytes=self._settings.max_file_bytes)
         return job.dataset
 
     async def _parity(

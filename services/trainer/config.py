@@ -9,12 +9,19 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from services.common.config import IndexSettings, ListenAddress, PeerSettings, ServiceSettings, StoreSettings
+from services.common.config import (
+    FileSettings,
+    IndexSettings,
+    ListenAddress,
+    PeerSettings,
+    ServiceSettings,
+    StoreSettings,
+)
 from services.common.fingerprint import ComputeDtype, Quantization
 from services.common.store import ObjectStore, open_store
 
 
-class TrainerSettings(IndexSettings, StoreSettings, PeerSettings, ServiceSettings):
+class TrainerSettings(IndexSettings, StoreSettings, PeerSettings, FileSettings, ServiceSettings):
     """What the service, its workers and their child processes read from the environment."""
 
     model_config = SettingsConfigDict(env_prefix="LORAFLEET_TRAINER_")
@@ -68,9 +75,6 @@ class TrainerSettings(IndexSettings, StoreSettings, PeerSettings, ServiceSetting
 
     work_folder: Path | None = None
     """Where jobs keep files while they run; the system's temporary folder when absent."""
-
-    max_dataset_bytes: int = Field(default=2 * 1024**3, ge=1024)
-    """Largest training or validation file."""
 
     def open_store(self) -> ObjectStore:
         """Return the object store."""

@@ -58,7 +58,7 @@ class Pipeline:
         job = self.job
         assert job.dataset is not None, "a job that runs was validated"
         failpoint("tokens.before_download")
-        limit = self._settings.max_dataset_bytes
+        limit = self._settings.max_file_bytes
         for file_id in job.request.files:
             path = self._folder / file_id
             await self._reporter.patience.call(

@@ -104,13 +104,13 @@ class RequestChecker:
             raise InvalidArgument(
                 "bad_purpose", f"{field} must have the purpose fine-tune", field=field, value=file_id
             )
-        if file.size_bytes > self._settings.max_dataset_bytes:
+        if file.size_bytes > self._settings.max_file_bytes:
             raise ResourceExhausted(
                 "dataset_too_large",
-                f"{field} has {file.size_bytes:,} bytes; the limit is {self._settings.max_dataset_bytes:,}",
+                f"{field} has {file.size_bytes:,} bytes; the limit is {self._settings.max_file_bytes:,}",
                 field=field,
                 value=file.size_bytes,
-                limit=self._settings.max_dataset_bytes,
+                limit=self._settings.max_file_bytes,
                 final=True,
             )
 

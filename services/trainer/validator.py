@@ -75,7 +75,7 @@ class DataCheck:
                 paths = []
                 for file_id in filter(None, (training_file, validation_file)):
                     path = Path(folder) / file_id
-                    await self._registry.download(file_id, path, max_bytes=self._settings.max_dataset_bytes)
+                    await self._registry.download(file_id, path, max_bytes=self._settings.max_file_bytes)
                     paths.append(path)
                 validation_path = paths[1] if len(paths) > 1 else None
                 try:
