@@ -1,4 +1,4 @@
-"""Generates the three small tasks of the demo: routing messages, orders to JSON, wishes to home commands.
+"""Generates the six small tasks of the demo, each of another kind.
 
     python -m assets.demo_tasks --out DIR --seed 7
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 
 from assets.demo_sentences import DEPARTMENTS, cafe_order, home_wish, support_message
+from assets.demo_writing import polite_request, sum_story, train_notice
 
 TRAIN_ROWS = 480
 TEST_ROWS = 120
@@ -78,6 +79,42 @@ DEMO_TASKS = (
         answer_label="Command",
         draw=home_wish,
     ),
+    DemoTask(
+        name="word_sums",
+        title="Work out a sum that is told in words",
+        task_type="arithmetic",
+        metric="exact_match",
+        metric_detail="Share of test rows whose output, without outer blanks, is the completion.",
+        label_set=None,
+        instruction="Say how many there are in the end.",
+        text_label="Told",
+        answer_label="In the end",
+        draw=sum_story,
+    ),
+    DemoTask(
+        name="polite_requests",
+        title="Rewrite a blunt order as a polite request",
+        task_type="style_rewrite",
+        metric="exact_match",
+        metric_detail="Share of test rows whose output, without outer blanks, is the completion.",
+        label_set=None,
+        instruction="Rewrite it as a polite request.",
+        text_label="Blunt",
+        answer_label="Polite",
+        draw=polite_request,
+    ),
+    DemoTask(
+        name="train_notices",
+        title="Announce a train from its record",
+        task_type="data_to_text",
+        metric="rouge_l",
+        metric_detail="Mean ROUGE-L F1 of the output and the completion.",
+        label_set=None,
+        instruction="Announce the train in a sentence.",
+        text_label="Record",
+        answer_label="Notice",
+        draw=train_notice,
+    ),
 )
 
 
@@ -128,7 +165,7 @@ def write_task(task: DemoTask, out: Path, seed: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Generate the demo's three tasks.")
+    parser = argparse.ArgumentParser(description="Generate the demo's tasks.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()

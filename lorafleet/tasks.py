@@ -15,7 +15,14 @@ from typing import Any
 import lorafleet
 from services.common.scoring import METRICS, Metric, Target
 
-GENERATED_TASKS = ("support_routing", "order_json", "home_commands")
+GENERATED_TASKS = (
+    "support_routing",
+    "order_json",
+    "home_commands",
+    "word_sums",
+    "polite_requests",
+    "train_notices",
+)
 _GENERATE_SECONDS = 120
 _TASK_NAME = re.compile(r"[a-z0-9](?:[a-z0-9_]{0,60}[a-z0-9])?")
 # Longest answer that is asked for; the tasks' own are far shorter.
@@ -85,7 +92,7 @@ class Task:
 
 
 def generated_tasks(folder: Path, *, max_train_rows: int, test_rows: int, seed: int = 7) -> list[Task]:
-    """Generate the three bundled tasks in `folder` and load them.
+    """Generate the bundled tasks in `folder` and load them.
 
     Raises:
         TaskError: this installation is no clone, so the generator is missing.

@@ -11,7 +11,9 @@ import typer
 from lorafleet.cli.connection import state_folder
 from lorafleet.cli.output import JsonOption, StateOption, print_json, problems, program, progress, results
 from lorafleet.cli.up import print_coordinates
+from lorafleet.client import Client
 from lorafleet.demo.demo import Plan, run_demo
+from lorafleet.demo.page import write_page
 from lorafleet.demo.report import print_report
 from lorafleet.fleet import launch
 from lorafleet.fleet.config import Wishes
@@ -21,14 +23,20 @@ from lorafleet.tasks import Task, TaskError, generated_tasks, load_tasks
 def demo(
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of tasks; three small ones are generated without it.", file_okay=False),
+        typer.Option(help="Folder of tasks; six small ones are generated without it.", file_okay=False),
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Names of tasks in DATA, separated by commas.")] = None,
     epochs: Annotated[int, typer.Option(min=1, max=50)] = 4,
-    max_train_rows: Annotated[int, typer.Option(min=1, help="Training rows of a task.")] = 600,
+    max_train_rows: Annotated[int, typer.Option(min=1, help="Training rows of a task.")] = 320,
     test_rows: Annotated[int, typer.Option(min=1, help="Rows of a task to evaluate on.")] = 100,
     max_seq_len: Annotated[int, typer.Option(min=8, help="Longer training rows are left out.")] = 512,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 7,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="The report with its plots, as HTML; demo.html in the state folder.", dir_okay=False
+        ),
+    ] = None,
     state: StateOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -41,11 +49,16 @@ def demo(
         plan = Plan(epochs=epochs, max_seq_len=max_seq_len, seed=seed, work_folder=Path(work))
         with progress.status("starting the fleet"):
             fleet = launch.up(state_folder(state), Wishes())
-        report = run_demo(fleet.base_url, fleet.api_key, chosen, plan, progress)
+        with Client(fleet.config.grpc_target, fleet.api_key) as client:
+            evict = client.inference.evict
+            found = run_demo(fleet.base_url, fleet.api_key, chosen, plan, evict, progress)
+        page = report or fleet.state.root / "demo.html"
+        write_page(found, page)
     if as_json:
-        print_json(report.as_json())
+        print_json(found.as_json())
         return
-    print_report(report, results)
+    print_report(found, results)
+    results.print(f"report: {page}")
     results.print("[bold green]the fleet is still up[/]")
     print_coordinates(fleet)
     first = chosen[0]

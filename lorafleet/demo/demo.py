@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +27,12 @@ _VALIDATION_FRACTION = 0.05
 _EVALUATION_ROWS = 0
 
 STREAMS = 16
-ASKS_OF_A_MODEL = 8
-BASE_LOAD_SECONDS = 10.0
-MIXED_LOAD_SECONDS = 20.0
+ASKS_OF_A_MODEL = 4
+BURST = 24
+BASE_LOAD_SECONDS = 6.0
+MIXED_LOAD_SECONDS = 12.0
+# Drops a version, `name:3`, from the inference service's memory and disk.
+Evict = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,15 @@ class Trained:
         """The version that the job made, as the HTTP API calls it."""
         return str(self.job["fine_tuned_model"])
 
+    @property
+    def version_ref(self) -> str:
+        """The version, as the registry calls it."""
+        return f"{self.task.adapter}:{self.job['lorafleet']['version']}"
 
-def run_demo(base_url: str, api_key: str, tasks: Sequence[Task], plan: Plan, console: Console) -> Report:
+
+def run_demo(
+    base_url: str, api_key: str, tasks: Sequence[Task], plan: Plan, evict: Evict, console: Console
+) -> Report:
     """Run the whole demo against a fleet that is up, telling on `console` what is going on.
 
     Raises:
@@ -68,7 +78,7 @@ def run_demo(base_url: str, api_key: str, tasks: Sequence[Task], plan: Plan, con
         console.print(f"[bold]1. fine-tuning {len(tasks)} adapters of {base}[/]")
         trained = _train(api, base, tasks, plan, console)
         clock.lap("training")
-    return asyncio.run(_measure(base_url, api_key, base, trained, plan, console, clock))
+    return asyncio.run(_measure(base_url, api_key, base, trained, plan, evict, console, clock))
 
 
 async def _measure(
@@ -77,6 +87,7 @@ async def _measure(
     base: str,
     trained: Sequence[Trained],
     plan: Plan,
+    evict: Evict,
     console: Console,
     clock: _Clock,
 ) -> Report:
@@ -87,7 +98,7 @@ async def _measure(
         console.print(
             f"[bold]3. serving the base and {len(trained)} adapters, mixed, in {STREAMS} streams[/]"
         )
-        loads, agreement = await _serve(traffic, base, trained, plan.seed)
+        loads, agreement = await _serve(traffic, base, trained, evict, plan.seed)
         clock.lap("serving")
     return Report(base, tuple(results), loads, agreement, clock.laps)
 
@@ -173,9 +184,12 @@ def _ask(model: str, task: Task, row: Row) -> Ask:
 
 
 async def _serve(
-    traffic: Traffic, base: str, trained: Sequence[Trained], seed: int
+    traffic: Traffic, base: str, trained: Sequence[Trained], evict: Evict, seed: int
 ) -> tuple[tuple[Load, ...], Agreement]:
-    """Ask one at a time, then the base in many streams, then everything mixed; compare the answers."""
+    """Ask one at a time, then the base in many streams, then everything mixed; compare the answers.
+
+    Between them, the same burst of requests to one adapter and to all of them, cold and then warm.
+    """
     rows = [(one, row) for one in trained for row in one.task.test[:ASKS_OF_A_MODEL]]
     of_base = [_ask(base, one.task, row) for one, row in rows]
     # Every model as often as any other: the base gets a share of the rows.
@@ -183,13 +197,32 @@ async def _serve(
     random.Random(seed).shuffle(mixed)  # noqa: S311 - an order of requests, no secret
     alone = [await traffic.ask(ask) for ask in mixed]
     base_only = await traffic.keep_asking(of_base, at_once=STREAMS, seconds=BASE_LOAD_SECONDS)
+    bursts = [load for some in (trained[:1], trained) for load in await _cold_and_warm(traffic, some, evict)]
     together = await traffic.keep_asking(mixed, at_once=STREAMS, seconds=MIXED_LOAD_SECONDS)
     loads = (
         load_of("one at a time", Round(alone), streams=1),
         load_of("base only", base_only, streams=STREAMS),
+        *bursts,
         load_of(f"base + {len(trained)} adapters", together, streams=STREAMS),
     )
     return loads, _agreement(alone, together.answers)
+
+
+async def _cold_and_warm(traffic: Traffic, trained: Sequence[Trained], evict: Evict) -> list[Load]:
+    """Send one burst of requests to adapters that inference has nothing of, and once more.
+
+    Cold, an adapter is fetched from the registry, checked, parsed and copied before its first token.
+    """
+    for one in trained:
+        await asyncio.to_thread(evict, one.version_ref)
+    rows = [
+        _ask(one.model, one.task, row) for one in trained for row in one.task.test[: BURST // len(trained)]
+    ]
+    name = "1 adapter" if len(trained) == 1 else f"{len(trained)} adapters"
+    return [
+        load_of(f"{name}, {state}", Round(await traffic.ask_all(rows, at_once=STREAMS)), streams=STREAMS)
+        for state in ("cold", "warm")
+    ]
 
 
 def _agreement(alone: Sequence[Answer], together: Sequence[Answer]) -> Agreement:

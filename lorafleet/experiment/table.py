@@ -44,7 +44,11 @@ def as_json(
 def as_table(name: str, lines: Sequence[Line]) -> Table:
     """Return the table for people."""
     table = Table(title=name, title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0))
-    for column in ("task", "base model", "recipe", "metric"):
+    # What is the same in every line is left out.
+    several_bases = len({line.base for line in lines}) > 1
+    several_recipes = len({line.recipe for line in lines}) > 1
+    names = ["task", *["base model"] * several_bases, *["recipe"] * several_recipes, "metric"]
+    for column in names:
         table.add_column(column, no_wrap=True)
     for column in ("base", "adapter", "lift", "95 % interval", "majority", "bayes", "rows", "min", "KiB"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -52,8 +56,8 @@ def as_table(name: str, lines: Sequence[Line]) -> Table:
     for line in lines:
         table.add_row(
             line.task,
-            line.base,
-            line.recipe,
+            *[line.base] * several_bases,
+            *[line.recipe] * several_recipes,
             line.metric,
             _score(line.base_score),
             _score(line.adapter_score),

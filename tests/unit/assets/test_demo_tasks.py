@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,27 @@ def test_commands_name_the_room_and_level_of_the_wish() -> None:
         assert room in ROOMS
         assert f"in the {room}" in row["prompt"]
         assert all(f" {word.split('=')[1]}" in row["prompt"] for word in words if "=" in word)
+
+
+def _of(name: str) -> list[dict[str, str]]:
+    return draw_rows(next(task for task in DEMO_TASKS if task.name == name), seed=7)
+
+
+def test_sums_are_right() -> None:
+    numbers = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+    for row in _of("word_sums"):
+        told = [numbers[word] for word in re.findall(r"\w+", row["prompt"]) if word in numbers]
+        result, thing = row["completion"].split()
+        assert thing in row["prompt"]
+        fewer = any(word in row["prompt"] for word in ("gave away", "used", "threw out", "mislays"))
+        assert int(result) == (told[0] - told[1] if fewer else told[0] + told[1])
+
+
+def test_requests_and_notices_say_all_that_was_given() -> None:
+    for row in _of("polite_requests"):
+        words = row["completion"].removeprefix("Could you please ").removesuffix("?").split()
+        assert all(word.lower() in row["prompt"].lower() for word in words)
+    for row in _of("train_notices"):
+        given = re.findall(r"\w+\[(\w+)\]", row["prompt"])
+        assert len(given) == 5
+        assert all(re.search(rf"\b{value}\b", row["completion"]) for value in given)

@@ -4,11 +4,9 @@ import json
 import re
 from itertools import islice
 
-from assets.demo_sentences import DEPARTMENTS, DISHES, DRINKS, HEATING_MODES, ROOMS
 from assets.demo_tasks import DEMO_TASKS, draw_rows
+from assets.demo_words import DEMO_WORDS
 from assets.instructions import InstructionGenerator
-
-_DEMO_WORDS = (*DEPARTMENTS, *DISHES, *DRINKS, *ROOMS, *HEATING_MODES, "dish", "size", "blinds", "heating")
 
 
 def test_same_seed_same_text() -> None:
@@ -56,5 +54,5 @@ def test_no_demo_prompt_answer_or_word_occurs() -> None:
         completions = {row["completion"] for row in draw_rows(task, seed=7)}
         lines = set(text.splitlines())
         assert not completions & lines, task.name
-    found = [word for word in _DEMO_WORDS if re.search(rf"\b{re.escape(word)}\b", text)]
+    found = [word for word in DEMO_WORDS if re.search(rf"\b{re.escape(word)}\b", text)]
     assert found == []

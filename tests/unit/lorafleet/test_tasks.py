@@ -91,7 +91,7 @@ def test_unusable_tasks_are_named(
 
 def test_the_generated_tasks_load(tmp_path: Path) -> None:
     tasks = generated_tasks(tmp_path, max_train_rows=1000, test_rows=50)
-    assert len({task.adapter for task in tasks}) == 3
+    assert len({task.adapter for task in tasks}) == 6
     for task in tasks:
         assert len(task.test) == 50
         assert not {row.prompt for row in task.train} & {row.prompt for row in task.test}
