@@ -30,6 +30,7 @@ from services.gateway import (
     usage_routes,
 )
 from services.gateway.config import GatewaySettings
+from services.gateway.document import document
 from services.gateway.errors import ClientGoneError
 from services.gateway.keys import KeyRing
 from services.gateway.limits import limiter
@@ -59,6 +60,7 @@ ROUTERS = (
     compare.router,
     key_routes.router,
     usage_routes.router,
+    document.router,
 )
 
 
@@ -92,7 +94,7 @@ def create_app(settings: GatewaySettings, store: ObjectStore) -> FastAPI:
                 yield
         await upstream.close()
 
-    # No generated pages: they would be routes without a key.
+    # FastAPI's own document knows neither bodies nor answers, and its pages load scripts from elsewhere.
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     for router in ROUTERS:
         app.include_router(router)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 from starlette.requests import Request
 
@@ -11,6 +12,8 @@ from services.common.errors import PermissionDenied
 from services.gateway.keys import Principal, Scope
 from services.gateway.revocation import key_check
 from services.gateway.state import gateway_of
+
+_SCOPE = "scope"
 
 
 def requires(scope: Scope | None = None) -> Callable[[Request], AsyncIterator[None]]:
@@ -35,7 +38,19 @@ def requires(scope: Scope | None = None) -> Callable[[Request], AsyncIterator[No
         with call_scope(tenant=principal.tenant):
             yield
 
+    setattr(admit, _SCOPE, scope)
     return admit
+
+
+def is_admission(dependency: Callable[..., Any]) -> bool:
+    """Return whether a dependency is one of `requires`."""
+    return hasattr(dependency, _SCOPE)
+
+
+def scope_of(dependency: Callable[..., Any]) -> Scope | None:
+    """Return the scope that a dependency of `requires` asks for; None for any valid key."""
+    scope: Scope | None = getattr(dependency, _SCOPE)
+    return scope
 
 
 def principal_of(request: Request) -> Principal:

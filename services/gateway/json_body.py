@@ -18,6 +18,7 @@ MAX_DEPTH = 32
 # Bounds the work of parsing: more commas and brackets than any prompt within the body limit has use for.
 MAX_SEPARATORS = 250_000
 _FIELD_ERROR = "field_error"
+_BODY_CLASS = "body_class"
 
 BodyT = TypeVar("BodyT", bound="Body")
 
@@ -52,7 +53,14 @@ def json_body(body_class: type[BodyT]) -> Callable[[Request], Awaitable[BodyT]]:
         data = await read_bounded(request, gateway_of(request).settings.max_body_bytes)
         return check(body_class, parse(data))
 
+    setattr(read, _BODY_CLASS, body_class)
     return read
+
+
+def body_class_of(dependency: Callable[..., Any]) -> type[Body] | None:
+    """Return what a dependency of `json_body` reads a body as; None for any other."""
+    body_class: type[Body] | None = getattr(dependency, _BODY_CLASS, None)
+    return body_class
 
 
 def require_media_type(request: Request, wanted: str) -> None:

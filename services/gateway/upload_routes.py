@@ -51,7 +51,7 @@ class NewUpload(Body):
     mime_type: Annotated[str, StringConstraints(max_length=255)]
 
 
-class Completion(Body):
+class UploadCompletion(Body):
     """The parts in the order of their bytes, with the MD5 of the whole where it is to be checked."""
 
     part_ids: Annotated[
@@ -103,7 +103,7 @@ async def add_part(request: Request, upload_id: str) -> dict[str, Any]:
 
 @router.post("/{upload_id}/complete")
 async def complete_upload(
-    request: Request, upload_id: str, body: Annotated[Completion, Depends(json_body(Completion))]
+    request: Request, upload_id: str, body: Annotated[UploadCompletion, Depends(json_body(UploadCompletion))]
 ) -> dict[str, Any]:
     """Put the parts together into a file; a second time, return it again."""
     gateway, tenant = gateway_of(request), principal_of(request).tenant

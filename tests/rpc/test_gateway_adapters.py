@@ -6,17 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import httpx
 import pytest
 
-from lorafleet.registry.v1.base_model_pb2 import CreateBaseModelRequest
-from lorafleet.registry.v1.base_model_pb2_grpc import BaseModelServiceStub
 from services.common.errors import Internal
 from services.gateway.keys import Scope
 from tests.support.adapter_files import config_bytes, lora_tensors, safetensors_bytes
 from tests.support.fake_services import BASE, Script
-from tests.support.gateway import GatewayUnderTest, running_gateway, wait_until
+from tests.support.gateway import GatewayUnderTest, create_base, running_gateway, wait_until
 from tests.support.registry import BASE_NAME, FINGERPRINT, Place, base_message
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -26,11 +23,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def gateway(redis_url: str, tmp_path: Path) -> Iterator[GatewayUnderTest]:
     place = Place.in_directory(redis_url, tmp_path / "registry")
     with running_gateway(tmp_path, registry=place.settings()) as running:
-        with grpc.insecure_channel(running.targets["registry"]) as channel:
-            create: Any = BaseModelServiceStub(channel).CreateBaseModel
-            create(
-                CreateBaseModelRequest(base_model=base_message()), metadata=[("lorafleet-tenant", "default")]
-            )
+        create_base(running, base_message())
         yield running
 
 

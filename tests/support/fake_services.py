@@ -283,7 +283,7 @@ class FakeAdapters(AdapterServiceServicer):
         return reg.ListAliasesResponse(aliases=self._adapter(request.adapter).aliases)
 
     async def SetAlias(self, request: reg.SetAliasRequest, context: Context) -> reg.Alias:
-        self._adapter(request.adapter)
+        self.resolve(f"{request.adapter}:{request.version}", current_tenant())
         moves = self.history.get((current_tenant(), request.adapter, request.alias), [])
         if request.HasField("expected_generation") and request.expected_generation != len(moves):
             raise Aborted("alias_conflict", "somebody else moved the alias", final=True)
@@ -386,6 +386,7 @@ class FakeInference(InferenceServiceServicer):
         self.cancelled = 0
         self.ended = 0
         self.resident: list[inf.ResidentAdapter] = []
+        self.fingerprint = FINGERPRINT
 
     async def Generate(
         self, request: gen.GenerateRequest, context: Context
@@ -468,7 +469,7 @@ class FakeInference(InferenceServiceServicer):
     async def GetStatus(self, request: inf.GetStatusRequest, context: Context) -> inf.EngineStatus:
         return inf.EngineStatus(
             base_model=BASE,
-            base_fingerprint_digest=FINGERPRINT,
+            base_fingerprint_digest=self.fingerprint,
             start_time=now(),
             device="cpu",
             max_model_len=1024,
@@ -601,6 +602,20 @@ class FakeTrainer(TrainerServiceServicer):
         made.state = job.JobState.JOB_STATE_CANCELLED
         made.end_time.CopyFrom(now())
         self.add_event(made.id, "Cancelled", state=made.state)
+        return made
+
+    async def PauseJob(self, request: trn.PauseJobRequest, context: Context) -> job.Job:
+        made = self._job(request.job_id)
+        if made.state != job.JobState.JOB_STATE_QUEUED:
+            raise FailedPrecondition("already_finished", "the job has ended", resource=f"jobs/{made.id}")
+        made.state = job.JobState.JOB_STATE_PAUSED
+        return made
+
+    async def ResumeJob(self, request: trn.ResumeJobRequest, context: Context) -> job.Job:
+        made = self._job(request.job_id)
+        if made.state != job.JobState.JOB_STATE_PAUSED:
+            raise FailedPrecondition("not_paused", "the job is not paused", resource=f"jobs/{made.id}")
+        made.state = job.JobState.JOB_STATE_QUEUED
         return made
 
     async def WatchJob(self, request: trn.WatchJobRequest, context: Context) -> AsyncIterator[job.JobEvent]:
