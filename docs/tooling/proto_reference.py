@@ -56,6 +56,8 @@ def proto_pages() -> dict[str, str]:
         comments = _comments(file)
         for index, declared in enumerate(file.service):
             _add_service(page, declared, comments, (_SERVICES, index))
+    for page in pages.values():
+        page.add("## Messages")
     for file in files:
         page, comments = pages[file.package.split(".")[1]], _comments(file)
         for index, message in enumerate(file.message_type):
