@@ -52,7 +52,8 @@ class GatewaySettings(StoreSettings, PeerSettings, FileSettings, ServiceSettings
     """Base whose replicas join by themselves as they tell of themselves in Redis; none do when absent."""
 
     replica_wait_seconds: float = Field(default=10.0, ge=0, le=600)
-    """How long a request whose answer has not begun waits for an inference replica to come back."""
+    """How long after the first failure requests whose answers have not begun wait for inference to come back;
+    those that come later are refused at once."""
 
     key_pepper: Annotated[SecretStr, Field(min_length=16)]
     """Secret under which API keys are hashed; without it stored keys cannot be checked."""

@@ -34,15 +34,17 @@ class Router:
     """Chooses by the policy, minds the breakers, and tries elsewhere as long as no answer has begun.
 
     Where no replica can be reached it waits: one that was killed is back before most clients have given up.
+    What lasts longer than a restart is told at once.
     """
 
     def __init__(self, fleet: Fleet, policy: Policy, *, patience_seconds: float = 0.0) -> None:
-        """Route over `fleet`; a call waits `patience_seconds` in all for a replica that takes it."""
+        """Route over `fleet`; calls wait for a replica until none has answered for `patience_seconds`."""
         self.fleet = fleet
         self._policy = policy
         self._patience_seconds = patience_seconds
         self._failing: set[str] = set()
         self._num_waiting = 0
+        self._unreachable_since: float | None = None
 
     async def send(self, adapter: str, attempt: Callable[[Replica], Awaitable[Answer]]) -> Answer:
         """Make an attempt on one replica after the other, until one answers or says what all would say.
@@ -55,19 +57,30 @@ class Router:
             Unavailable: `no_replica`; there is none.
             grpc.aio.AioRpcError: what the last replica said.
         """
-        gives_up_at = time.monotonic() + self._patience_seconds
         while True:
             try:
-                return await self._send_to_one(adapter, attempt)
+                answer = await self._send_to_one(adapter, attempt)
             except (grpc.aio.AioRpcError, Unavailable) as error:
-                may_wait = time.monotonic() < gives_up_at and self._num_waiting < MAX_WAITING
-                if not may_wait or not (isinstance(error, Unavailable) or _is_its_own(error)):
+                if not isinstance(error, Unavailable) and not _is_its_own(error):
+                    self._unreachable_since = None
                     raise
+                if not self._may_wait():
+                    raise
+            else:
+                self._unreachable_since = None
+                return answer
             self._num_waiting += 1
             try:
                 await asyncio.sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 - spreads them
             finally:
                 self._num_waiting -= 1
+
+    def _may_wait(self) -> bool:
+        """Whether a call that no replica has taken is to be tried again."""
+        now = time.monotonic()
+        if self._unreachable_since is None:
+            self._unreachable_since = now
+        return now < self._unreachable_since + self._patience_seconds and self._num_waiting < MAX_WAITING
 
     async def _send_to_one(self, adapter: str, attempt: Callable[[Replica], Awaitable[Answer]]) -> Answer:
         tried: set[str] = set()

@@ -283,6 +283,16 @@ async def test_a_call_waits_while_a_replica_loads_its_base_and_no_longer_than_it
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await here.ask(text="never")
         assert from_rpc_error(caught.value).reason == "base_loading"
+        # Those who come after that are told at once, as long as no replica answers.
+        before = sum(here.asked.values())
+        with pytest.raises(grpc.aio.AioRpcError):
+            await here.ask(text="never")
+        assert sum(here.asked.values()) == before + 1
+        await here.ask()
+        before = sum(here.asked.values())
+        with pytest.raises(grpc.aio.AioRpcError):
+            await here.ask(text="never")
+        assert sum(here.asked.values()) > before + 1
         # What the registry lacks, or a queue that is full, is said at once.
         for refusal in (
             Unavailable("adapter_unavailable", "the registry is away"),
