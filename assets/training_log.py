@@ -1,19 +1,30 @@
-"""Thins the log of a pretraining run to at most 200 lines, and draws its loss curve for the model card.
+"""Joins the logs of the pretraining's stages, thins them to at most 200 lines, and draws the loss curve.
 
-python -m assets.training_log --log assets/.cache/training_log.jsonl --out assets/base
+python -m assets.training_log --logs assets/.cache/training_log-reading.jsonl --out assets/base
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 MAX_LINES = 200
+_COUNTED = ("step", "tokens", "elapsed_seconds")
 _WIDTH, _HEIGHT, _MARGIN = 640, 320, 48
 
 Line = dict[str, float]
+
+
+def joined(logs: Sequence[list[Line]]) -> list[Line]:
+    """Puts the stages one after the other: steps, tokens and seconds go on counting where a stage begins."""
+    lines: list[Line] = []
+    for log in logs:
+        done = lines[-1] if lines else {}
+        lines += [{**line, **{key: line[key] + done.get(key, 0) for key in _COUNTED}} for line in log]
+    return lines
 
 
 def thin(lines: list[Line], max_lines: int = MAX_LINES) -> list[Line]:
@@ -56,11 +67,12 @@ def loss_curve_svg(lines: list[Line]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Thin the training log and draw the loss curve.")
-    parser.add_argument("--log", type=Path, default=Path("assets/.cache/training_log.jsonl"))
+    parser = argparse.ArgumentParser(description="Join and thin the training logs and draw the loss curve.")
+    parser.add_argument("--logs", type=Path, nargs="+", required=True, help="of the stages, in their order")
     parser.add_argument("--out", type=Path, default=Path("assets/base"))
     arguments = parser.parse_args()
-    lines = thin([json.loads(line) for line in arguments.log.read_text(encoding="utf-8").splitlines()])
+    logs = [log.read_text(encoding="utf-8").splitlines() for log in arguments.logs]
+    lines = thin(joined([[json.loads(line) for line in log] for log in logs]))
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (arguments.out / "training_log.jsonl").write_text(text, encoding="utf-8")
     (arguments.out / "loss.svg").write_text(loss_curve_svg(lines), encoding="utf-8")

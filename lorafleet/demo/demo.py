@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +119,10 @@ class _Clock:
 
 
 def _train(api: Api, base: str, tasks: Sequence[Task], plan: Plan, console: Console) -> list[Trained]:
-    jobs = [api.create_job(_job_request(api, base, task, plan)) for task in tasks]
+    requests = [_job_request(api, base, task, plan) for task in tasks]
+    # Created at the same moment, they wait in the queue together, and so they train together.
+    with ThreadPoolExecutor(len(requests)) as at_once:
+        jobs = list(at_once.map(api.create_job, requests))
     jobs = follow(api, [job["id"] for job in jobs], console)
     for task, job in zip(tasks, jobs, strict=True):
         if job["status"] != "succeeded":

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from assets.training_log import MAX_LINES, loss_curve_svg, thin
+from assets.training_log import MAX_LINES, joined, loss_curve_svg, thin
 
 LOG = [{"step": 10.0 * n, "tokens": 4096.0 * n, "loss": 8.0 - n / 100} for n in range(1, 522)]
 
@@ -34,3 +34,13 @@ def test_the_curve_is_well_formed_and_falls() -> None:
     assert len(points) == len(LOG)
     assert points[0][1] < points[-1][1]
     assert points[0][0] < points[-1][0]
+
+
+def test_stages_go_on_counting() -> None:
+    first = [{"step": 10, "tokens": 100, "elapsed_seconds": 1.0, "loss": 5.0}]
+    second = [{"step": n * 10, "tokens": n * 50, "elapsed_seconds": n * 2.0, "loss": 4.0} for n in (1, 2)]
+    lines = joined([first, second])
+    assert [line["step"] for line in lines] == [10, 20, 30]
+    assert [line["tokens"] for line in lines] == [100, 150, 200]
+    assert [line["elapsed_seconds"] for line in lines] == [1.0, 3.0, 5.0]
+    assert [line["loss"] for line in lines] == [5.0, 4.0, 4.0]
