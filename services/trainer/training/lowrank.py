@@ -97,10 +97,7 @@ class _AddLowRank(torch.autograd.Function):
             if wants_a:
                 factor_gradients[2 * number] = below.T @ _rows(flat_inputs, update, a.dtype)
             if input_gradient is not None:
-                change = below @ a
-                if update.dropout is not None:
-                    change *= update.dropout.factors(change)
-                filled = _fill(input_gradient, change, update.start, filled)
+                filled = _fill(input_gradient, below, a, update, filled)
         shaped = None
         if input_gradient is not None:
             input_gradient[filled:].zero_()
@@ -108,19 +105,29 @@ class _AddLowRank(torch.autograd.Function):
         return gradient, shaped, None, *factor_gradients
 
 
-def _fill(total: Tensor, change: Tensor, start: int, filled: int) -> int:
-    """Add `change` to the rows of `total` from `start` on; rows from `filled` on hold nothing yet.
+def _fill(total: Tensor, below: Tensor, a: Tensor, update: LowRank, filled: int) -> int:
+    """Add below @ a, dropout in it, to the update's rows of `total`; rows from `filled` on hold nothing yet.
 
     Returns:
         How many rows hold something now; updates come in the order of their tokens.
     """
-    stop = start + len(change)
+    start = update.start
+    stop = start + len(below)
+    rows = total[start:stop]
     if start < filled:
         assert stop <= filled, "updates of one layer cover the same tokens or different ones"
-        total[start:stop] += change
+        if update.dropout is None:
+            _add_product(rows, below, a)
+        else:
+            change = below @ a
+            rows += change.mul_(update.dropout.factors(change))
         return filled
     total[filled:start].zero_()
-    total[start:stop] = change
+    if rows.dtype == a.dtype and update.dropout is None:
+        torch.mm(below, a, out=rows)
+    else:
+        change = below @ a
+        rows.copy_(change if update.dropout is None else change.mul_(update.dropout.factors(change)))
     return stop
 
 
