@@ -54,7 +54,7 @@ test-gpu: setup ## tests that need a CUDA device
 bench: setup ## every benchmark; the last line of each is JSON
 	for script in bench/*.py; do $(BIN)/python -m bench.$$(basename $$script .py) || exit 1; done
 
-demo: setup ## fine-tune three adapters, serve them mixed, print the tables
+demo: setup ## fine-tune six adapters, serve them mixed, print the tables and write a report
 	$(BIN)/lorafleet demo $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS))
 
 up: setup ## start the fleet on this machine
