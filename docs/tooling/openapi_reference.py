@@ -12,6 +12,7 @@ from docs.tooling.markdown import anchor, table
 from services.common.store import open_store
 from services.gateway.app import create_app
 from services.gateway.config import GatewaySettings
+from services.gateway.document.document import document
 
 Json = Mapping[str, Any]
 # Nothing is opened before the application starts; it is only asked to describe itself.
@@ -22,14 +23,14 @@ _PEPPER = SecretStr("describes itself alone")
 def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the HTTP API."""
     settings = GatewaySettings(store_url=_STORE_URL, key_pepper=_PEPPER)
-    return create_app(settings, open_store(_STORE_URL)).openapi()
+    return document(create_app(settings, open_store(_STORE_URL)).routes)
 
 
-def http_page(document: Json) -> str:
+def http_page(openapi: Json) -> str:
     """Return the Markdown of the page for an OpenAPI 3 document."""
-    schemas = document.get("components", {}).get("schemas", {})
-    lines = ["# HTTP API", "", *_introduction(document)]
-    for path, methods in sorted(document["paths"].items()):
+    schemas = openapi.get("components", {}).get("schemas", {})
+    lines = ["# HTTP API", "", *_introduction(openapi)]
+    for path, methods in sorted(openapi["paths"].items()):
         for method, operation in methods.items():
             lines += _operation(method.upper(), path, operation)
     lines += ["## Schemas", ""]
@@ -38,9 +39,12 @@ def http_page(document: Json) -> str:
     return "\n".join(lines)
 
 
-def _introduction(document: Json) -> Iterator[str]:
-    info = document["info"]
-    yield from (f"{info['title']} {info['version']}, OpenAPI {document['openapi']}.", "")
+def _introduction(openapi: Json) -> Iterator[str]:
+    info = openapi["info"]
+    version = f"{info['title']} {info['version']}, OpenAPI {openapi['openapi']}"
+    yield from (f"{version}. A gateway tells it itself: `GET /openapi.json`.", "")
+    for scheme in openapi["components"]["securitySchemes"].values():
+        yield from (f"`Authorization: Bearer KEY`. {scheme['description']}", "")
     if info.get("description"):
         yield from (info["description"], "")
 
@@ -54,6 +58,8 @@ def _operation(method: str, path: str, operation: Json) -> Iterator[str]:
     ]
     if parameters:
         yield from table(("parameter", "in", "type", ""), parameters)
+    if not operation.get("security"):
+        yield from ("Needs no key.", "")
     for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
         yield from (f"Body, `{media_type}`: {_kind(content['schema'])}", "")
     rows = [
@@ -64,10 +70,13 @@ def _operation(method: str, path: str, operation: Json) -> Iterator[str]:
 
 
 def _answer(answer: Json) -> str:
-    return ", ".join(
-        f"`{media_type}`: {_kind(content['schema'])}" if content.get("schema") else f"`{media_type}`"
+    kinds = {
+        media_type: _kind(content["schema"])
+        if "schema" in content
+        else f"stream of {_kind(content['itemSchema'])}"
         for media_type, content in answer.get("content", {}).items()
-    )
+    }
+    return ", ".join(f"`{media_type}`: {kind}" for media_type, kind in kinds.items())
 
 
 def _schema(name: str, schema: Json) -> Iterator[str]:
@@ -100,21 +109,30 @@ def _kind(schema: Json) -> str:
         return " or ".join(kind)
     if kind == "array":
         return f"array of {_kind(schema.get('items', {}))}"
-    if kind == "object" and isinstance(schema.get("additionalProperties"), dict):
-        return f"object of {_kind(schema['additionalProperties'])}"
+    if kind == "object":
+        return _object_kind(schema)
+    if "contentSchema" in schema:
+        return f"JSON of {_kind(schema['contentSchema'])}"
     return str(kind) + _range(schema)
 
 
+def _object_kind(schema: Json) -> str:
+    if isinstance(schema.get("additionalProperties"), dict):
+        return f"object of {_kind(schema['additionalProperties'])}"
+    required = set(schema.get("required", ()))
+    fields = [
+        f"`{name}`{'' if name in required else ' (optional)'}: {_kind(value)}"
+        for name, value in schema.get("properties", {}).items()
+    ]
+    return f"object of {'; '.join(fields)}" if fields else "object"
+
+
 def _range(schema: Json) -> str:
-    bounds = {
-        "from": schema.get("minimum", schema.get("minLength")),
-        "above": schema.get("exclusiveMinimum"),
-        "to": schema.get("maximum", schema.get("maxLength")),
-        "below": schema.get("exclusiveMaximum"),
-    }
+    low = {"": schema.get("minimum", schema.get("minLength")), "above ": schema.get("exclusiveMinimum")}
+    high = {"to ": schema.get("maximum", schema.get("maxLength")), "below ": schema.get("exclusiveMaximum")}
+    bounds = [f"{word}{bound:,}" for word, bound in (*low.items(), *high.items()) if bound is not None]
     unit = " characters" if schema.get("type") == "string" else ""
-    words = " ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
-    return f", {words}{unit}" if words else ""
+    return f" ({' '.join(bounds)}{unit})" if bounds else ""
 
 
 def _said(found: Json) -> str:
