@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -24,6 +25,8 @@ API_KEY_SECRET = "api_key"  # noqa: S105 - the name of a file
 TENANT = "default"
 READY_SECONDS = 180.0
 STOP_SECONDS = 120.0
+# What inference and trainer cannot do without, and the light installation does not have.
+_LIBRARIES = ("torch", "transformers", "bitsandbytes", "peft")
 _KEY = re.compile(r"\blf-[A-Za-z0-9_-]{16,}")
 _KEY_SECONDS = 60.0
 _POLL_SECONDS = 0.25
@@ -107,8 +110,9 @@ def prepare(state: StateFolder, wishes: Wishes) -> FleetConfig:
     """Make the state folder ready for a supervisor and return what it will run with.
 
     Raises:
-        FleetError: the base is no model folder, or the public port is in use.
+        FleetError: libraries are missing, the base is no model folder, or the public port is in use.
     """
+    _check_libraries()
     state.create()
     last = FleetStatus.load(state)
     if last is not None:
@@ -117,6 +121,15 @@ def prepare(state: StateFolder, wishes: Wishes) -> FleetConfig:
     config = settle(FleetConfig.load(state), wishes)
     config.save(state)
     return config
+
+
+def _check_libraries() -> None:
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise FleetError(
+            f"a fleet trains and serves with {', '.join(missing)}, which this installation lacks; install "
+            "torch, and then lorafleet[trainer] in place of lorafleet"
+        )
 
 
 def down(state: StateFolder, *, stop_seconds: float = STOP_SECONDS) -> bool:
