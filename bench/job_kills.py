@@ -28,7 +28,7 @@ from pathlib import Path
 
 from lorafleet.registry.v1 import adapter_pb2
 from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
-from services.common.errors import DeadlineExceeded, LorafleetError
+from services.common.errors import DeadlineExceeded, LorafleetError, Unavailable
 from services.common.failpoints import VARIABLE
 from services.common.valkey import EmbeddedValkey
 from tests.support.models import make_tiny_llama
@@ -160,11 +160,14 @@ class _Rounds:
             ) as trainer:
                 try:
                     return await self._work(trainer, until)
-                except DeadlineExceeded:
-                    # The machine is busy. The next trainer goes on with what there is.
-                    return False
                 except LorafleetError as error:
-                    code = await asyncio.wait_for(trainer.process.wait(), 60)
+                    try:
+                        code = await asyncio.wait_for(trainer.process.wait(), 60)
+                    except TimeoutError:
+                        if not isinstance(error, DeadlineExceeded | Unavailable):
+                            raise error from None
+                        # The machine is busy. The next trainer goes on with what there is.
+                        return False
                     if code != -signal.SIGKILL:
                         raise AssertionError(f"{rule}: the trainer ended with {code}") from error
                     with self._service_log.open("a", encoding="ascii") as log:
