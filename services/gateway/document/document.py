@@ -162,12 +162,17 @@ def _list_schema(item: JsonSchema, *, is_paged: bool) -> JsonSchema:
 
 def body_class(route: APIRoute) -> type[Body] | None:
     """Return what a route reads its JSON body as, by its dependency."""
-    return next((body_class_of(call) for call in _calls(route.dependant) if body_class_of(call)), None)
+    return next((body_class_of(call) for call in dependencies_of(route) if body_class_of(call)), None)
 
 
 def needs_key(route: APIRoute) -> bool:
     """Return whether a route has the dependency that asks for a key."""
-    return any(is_admission(call) for call in _calls(route.dependant))
+    return any(is_admission(call) for call in dependencies_of(route))
+
+
+def dependencies_of(route: APIRoute) -> Iterator[Callable[..., Any]]:
+    """Yield what is called before a route's own function, in whatever depth."""
+    return _calls(route.dependant)
 
 
 def _calls(dependant: Dependant) -> Iterator[Callable[..., Any]]:
