@@ -51,8 +51,9 @@ class GatewaySettings(StoreSettings, PeerSettings, FileSettings, ServiceSettings
     inference_base: str | None = None
     """Base whose replicas join by themselves as they tell of themselves in Redis; none do when absent."""
 
-    replica_wait_seconds: float = Field(default=10.0, ge=0, le=600)
-    """How long after the first failure requests whose answers have not begun wait for inference to come back;
+    replica_wait_seconds: float = Field(default=30.0, ge=0, le=600)
+    """How long after the first failure requests whose answers have not begun wait for inference to come back,
+    which takes ten seconds or more (libraries, then the base);
     those that come later are refused at once."""
 
     key_pepper: Annotated[SecretStr, Field(min_length=16)]
