@@ -23,20 +23,19 @@ RUN python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'
     && pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' /tmp/pins)" \
     && pip install --requirement /tmp/pins
 
-FROM light-pins AS light-build
+# In a folder of its own: another version of the code makes another small layer upon the one of the pins.
+FROM ${PYTHON_IMAGE} AS code
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
 COPY lorafleet lorafleet
 COPY services services
-RUN pip install --no-deps .
-
-FROM full-pins AS full-build
-COPY lorafleet lorafleet
-COPY services services
-RUN pip install --no-deps .
+RUN pip install --no-deps --target /opt/code .
 
 FROM ${PYTHON_IMAGE} AS runtime
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin lorafleet \
     && install -d -o lorafleet -g lorafleet /var/lib/lorafleet
-ENV PATH=/opt/lorafleet/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp HF_HUB_OFFLINE=1
+ENV PATH=/opt/lorafleet/bin:$PATH PYTHONPATH=/opt/code PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp HF_HUB_OFFLINE=1
 # What the health check asks: HOST:PORT of a gRPC service, or a URL.
 ENV PROBE_TARGET=127.0.0.1:7101
 USER lorafleet
@@ -47,7 +46,8 @@ HEALTHCHECK --interval=5s --timeout=20s --start-period=120s --retries=6 \
     CMD ["sh", "-c", "exec python -m services.common.probe \"$PROBE_TARGET\""]
 
 FROM runtime AS light
-COPY --from=light-build /opt/lorafleet /opt/lorafleet
+COPY --from=light-pins /opt/lorafleet /opt/lorafleet
+COPY --from=code /opt/code /opt/code
 CMD ["services.gateway"]
 
 FROM runtime AS full
@@ -57,5 +57,6 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
 USER lorafleet
 # On a volume: /tmp may forbid to load code from it.
 ENV XDG_CACHE_HOME=/var/lib/lorafleet/cache TRITON_CACHE_DIR=/var/lib/lorafleet/cache/triton
-COPY --from=full-build /opt/lorafleet /opt/lorafleet
+COPY --from=full-pins /opt/lorafleet /opt/lorafleet
+COPY --from=code /opt/code /opt/code
 CMD ["services.inference"]
