@@ -7,6 +7,10 @@ everything is killed at once and started again with `lorafleet up`. After each s
 versions, aliases and their moves, jobs, events and files must be listed as before, and greedy answers must be
 the same to the letter. The last line is JSON; the exit code is 1 if anything was lost.
 
+The client is the stock one with what it does by itself: two more attempts at a request that failed. A stream
+whose tokens had begun to come cannot be sent again, so what failed of whole answers is counted apart
+(`failed_whole`): that is what a user of the client sees of a call that may be repeated.
+
     python bench/kills_under_load.py --base assets/base
 """
 
@@ -92,6 +96,7 @@ class Step:
     name: str
     ok: int = 0
     failed: dict[str, int] = field(default_factory=dict)
+    failed_whole: dict[str, int] = field(default_factory=dict)
     hung: int = 0
     wrong_answers: int = 0
     first_success_seconds: float | None = None
@@ -414,6 +419,13 @@ def step_of(name: str, load: Load, expected: dict[Ask, str], harmed_at: float) -
         name,
         ok=len(good),
         failed=dict(Counter(outcome.error for outcome in load.outcomes if outcome.error is not None)),
+        failed_whole=dict(
+            Counter(
+                outcome.error
+                for outcome in load.outcomes
+                if outcome.error is not None and not outcome.ask.is_streamed
+            )
+        ),
         hung=load.hung,
         wrong_answers=sum(outcome.text != expected[outcome.ask] for outcome in good),
         first_success_seconds=min(sent_after) - harmed_at if sent_after else None,

@@ -53,8 +53,7 @@ class GatewaySettings(StoreSettings, PeerSettings, FileSettings, ServiceSettings
 
     replica_wait_seconds: float = Field(default=30.0, ge=0, le=600)
     """How long after the first failure requests whose answers have not begun wait for inference to come back,
-    which takes ten seconds or more (libraries, then the base);
-    those that come later are refused at once."""
+    which takes ten seconds or more; those that come later are refused at once."""
 
     key_pepper: Annotated[SecretStr, Field(min_length=16)]
     """Secret under which API keys are hashed; without it stored keys cannot be checked."""
