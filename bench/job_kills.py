@@ -56,6 +56,7 @@ SERVICE_PLACES = {
 SERVICE_SHARE = 6
 JOBS_AT_ONCE = 3
 POLL_SECONDS = 0.3
+UNDISTURBED = "undisturbed"
 
 
 @dataclass
@@ -118,16 +119,18 @@ class _Rounds:
         self._service_log = place.folder / "service_kills.log"
         self._draw = random.Random(f"{seed}/{len(self._killed())}")
         self._job_ids: list[str] = []
+        self._file = ""
 
     async def run(self) -> Counts:
         started = time.monotonic()
         async with registry_host(self._place) as registry:
             async with running_trainer(self._place, registry) as trainer:
-                name = "undisturbed"
-                undisturbed = await trainer.create(DATA, SPEC, adapter=name, idempotency_key=name)
+                known = {job.adapter: job for job in await _jobs(trainer)}
+                undisturbed = known.get(UNDISTURBED) or await trainer.create(DATA, SPEC, adapter=UNDISTURBED)
                 await trainer.until(undisturbed.id, job_pb2.JOB_STATE_SUCCEEDED, seconds=1800)
-                wanted = (await _versions(trainer, name))[0].digest
-                self._job_ids = await _jobs(trainer)
+                wanted = (await _versions(trainer, UNDISTURBED))[0].digest
+                self._file = undisturbed.training_file
+                self._job_ids = [job.id for job in known.values() if job.adapter != UNDISTURBED]
             done = False
             while not done:
                 done = await self._round(registry)
@@ -191,7 +194,10 @@ class _Rounds:
             if not is_last and running < JOBS_AT_ONCE:
                 number = len(self._job_ids)
                 name = f"job-{number}"
-                job = await trainer.create(DATA, SPEC, adapter=name, idempotency_key=name)
+                # Again, where the answer of before was lost.
+                job = await trainer.create(
+                    DATA, SPEC, adapter=name, training_file=self._file, idempotency_key=name
+                )
                 self._job_ids.append(job.id)
             await asyncio.sleep(POLL_SECONDS)
 
@@ -227,10 +233,10 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-async def _jobs(trainer: Trainer) -> list[str]:
-    """The ids of the jobs that an earlier run has begun to kill, oldest first."""
+async def _jobs(trainer: Trainer) -> list[job_pb2.Job]:
+    """The jobs that an earlier run has begun, oldest first."""
     response = await trainer.call("ListJobs", trainer_service_pb2.ListJobsRequest(page_size=1000))
-    return [job.id for job in reversed(response.jobs) if job.adapter.startswith("job-")]
+    return list(reversed(response.jobs))
 
 
 async def _versions(trainer: Trainer, adapter: str) -> list[adapter_pb2.AdapterVersion]:
