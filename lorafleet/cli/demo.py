@@ -27,7 +27,7 @@ def demo(
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Names of tasks in DATA, separated by commas.")] = None,
     epochs: Annotated[int, typer.Option(min=1, max=50)] = 4,
-    max_train_rows: Annotated[int, typer.Option(min=1, help="Training rows of a task.")] = 320,
+    max_train_rows: Annotated[int, typer.Option(min=1, help="Training rows of a task.")] = 240,
     test_rows: Annotated[int, typer.Option(min=1, help="Rows of a task to evaluate on.")] = 100,
     max_seq_len: Annotated[int, typer.Option(min=8, help="Longer training rows are left out.")] = 512,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 7,

@@ -22,7 +22,7 @@ from services.common import scoring
 # What suits a base of a few million parameters; bigger ones want a tenth of this learning rate.
 RANK = 16
 LEARNING_RATE = 4e-3
-BATCH_SIZE = 8
+BATCH_SIZE = 4
 # Evaluation here asks the served model; the trainer's own only guards against a broken run.
 _VALIDATION_FRACTION = 0.05
 _EVALUATION_ROWS = 0
@@ -201,7 +201,9 @@ async def _serve(
     random.Random(seed).shuffle(mixed)  # noqa: S311 - an order of requests, no secret
     alone = [await traffic.ask(ask) for ask in mixed]
     base_only = await traffic.keep_asking(of_base, at_once=STREAMS, seconds=BASE_LOAD_SECONDS)
-    bursts = [load for some in (trained[:1], trained) for load in await _cold_and_warm(traffic, some, evict)]
+    # Alone, the adapter with the longest answers: of one token there is no rate.
+    longest = max(trained, key=lambda one: one.task.max_answer_tokens)
+    bursts = [load for some in ([longest], trained) for load in await _cold_and_warm(traffic, some, evict)]
     together = await traffic.keep_asking(mixed, at_once=STREAMS, seconds=MIXED_LOAD_SECONDS)
     loads = (
         load_of("one at a time", Round(alone), streams=1),

@@ -25,6 +25,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
 .scroll { overflow-x: auto; } svg { display: block; max-width: 100%; min-width: 34rem; }
+svg.key { display: inline; min-width: 0; width: .8rem; }
 svg text { font-size: 12px; fill: var(--ink); } svg .dim { fill: var(--dim); }
 svg .grid { stroke: var(--line); } .b { fill: var(--base); stroke: var(--base); }
 .a { fill: var(--adapter); stroke: var(--adapter); } .c { fill: var(--cold); } .w { fill: var(--warm); }
@@ -40,16 +41,16 @@ def write_page(report: Report, path: Path) -> None:
 def page(report: Report) -> str:
     """Return the whole page."""
     agreement = report.agreement
-    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report.seconds.items())
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in report.seconds.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Lorafleet demo</title><style>{_STYLE}</style></head><body>
 <h1>Lorafleet demo</h1>
 <p>{len(report.tasks)} adapters of {escape(report.base)}, trained on this machine and served from one copy
-of the base. {escape(seconds)}.</p>
+of the base. Seconds: {escape(seconds)}.</p>
 <h2>What fine-tuning did</h2>
 <p>Test rows asked through the HTTP gateway. Bars are 95 % bootstrap intervals.</p>
-<figure>{_scores(report.tasks)}<figcaption>Score on the test rows: base and adapter.</figcaption></figure>
+<figure>{_scores(report.tasks)}<figcaption>{_key("b")} base, {_key("a")} adapter</figcaption></figure>
 <div class="scroll">{_task_table(report.tasks)}</div>
 <h2>Serving</h2>
 <p>Answers served mixed that equal the same ones served alone, to the letter: <b>{agreement.equal} of
@@ -60,6 +61,10 @@ again.</p>
 <div class="scroll">{_load_table(report.loads)}</div>
 </body></html>
 """
+
+
+def _key(kind: str) -> str:
+    return f'<svg class="key" viewBox="0 0 12 12"><circle class="{kind}" cx="6" cy="6" r="5"/></svg>'
 
 
 def _scores(tasks: Sequence[TaskResult]) -> str:
