@@ -10,6 +10,7 @@ import typer.main
 
 from docs.tooling.figures import PAGE, figures_filled_in
 from lorafleet.cli.app import app
+from lorafleet.fleet.config import BUNDLED_BASE_NAME
 from tests.support.documents import ROOT, Block, blocks, documents
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)#\s]+)")
@@ -74,6 +75,12 @@ def test_links_lead_somewhere(document: str) -> None:
             and link not in {"changelog.md", "contributing.md"}
         ):
             assert ((ROOT / document).parent / link).exists(), f"{document} links to {link}"
+
+
+def test_the_bundled_base_goes_by_its_name() -> None:
+    for document in documents():
+        named = set(re.findall(r"\blorafleet-[0-9]+m\b", (ROOT / document).read_text("utf-8")))
+        assert named <= {BUNDLED_BASE_NAME}, f"{document} names {named}"
 
 
 def test_figures_are_those_of_the_results() -> None:
