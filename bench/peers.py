@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -54,10 +55,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        base = make_base(scratch / "base")
-        folders = [
-            make_adapter(base, scratch / f"a{n}", rank=options.rank, seed=n) for n in range(options.rows)
-        ]
+        base, folders = models(options.cache / "models", options.rows, options.rank)
         ours = start_engine(options, base, folders, scratch / "cache")
         plain, with_adapters = load_plain(base), load_peft(base, folders)
         python = vllm_environment(options.cache)
@@ -103,6 +101,19 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="after one that warms up")
     parser.add_argument("--cache", type=Path, default=Path(".cache/bench"), help="environments of the peers")
     return parser.parse_args()
+
+
+def models(folder: Path, adapters: int, rank: int) -> tuple[Path, list[Path]]:
+    """Return the base and the adapters, made at the first run: vLLM compiles for minutes for each path."""
+    base = folder.absolute() / "base"
+    if not (base / "tokenizer.json").exists():
+        make_base(base)
+    folders = [base.parent / f"adapter-{rank}-{number}" for number in range(adapters)]
+    for number, path in enumerate(folders):
+        if not (path / "adapter_config.json").exists():
+            shutil.rmtree(path, ignore_errors=True)
+            make_adapter(base, path, rank=rank, seed=number)
+    return base, folders
 
 
 def start_engine(options: argparse.Namespace, base: Path, folders: Sequence[Path], cache: Path) -> Engine:

@@ -13,12 +13,15 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Sequence as Items
 from typing import Generic, Protocol, TypeVar
 
 from services.inference.engine.sequence import Sequence
 
 PROMPT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 2.0
+# The part of a step's tokens that prompts of a tenant with more than its share may take: one over this.
+CROWDED_PROMPT_PART = 4
 
 ClientT = TypeVar("ClientT", bound=Hashable)
 Lane = tuple[str, str | None, int]
@@ -47,6 +50,11 @@ class QueuePolicy(Protocol):
 
     def charge(self, sequence: Sequence, *, prompt_tokens: int = 0, output_tokens: int = 0) -> None:
         """Note work done for `sequence`."""
+
+    def prompt_tokens(self, tenant: str, running: Items[Sequence], step_tokens: int) -> int:
+        """Return the tokens of prompts in a step, of all tenants, up to which those of `tenant` may join; at
+        least one.
+        """
 
     def to_admit(self, candidate: Sequence, running: Iterable[Sequence]) -> Sequence | None:
         """Return the running sequence that should make way for `candidate`, if one should."""
@@ -85,6 +93,10 @@ class FirstCome:
 
     def charge(self, sequence: Sequence, *, prompt_tokens: int = 0, output_tokens: int = 0) -> None:
         """Keep no account."""
+
+    def prompt_tokens(self, tenant: str, running: Items[Sequence], step_tokens: int) -> int:
+        """Return all of them."""
+        return step_tokens
 
     def to_admit(self, candidate: Sequence, running: Iterable[Sequence]) -> Sequence | None:
         """Return nobody."""
@@ -208,6 +220,16 @@ class FairShare:
         request = sequence.request
         self._tenants.charge(request.tenant, amount)
         self._adapters[request.tenant].charge(request.adapter_digest, amount)
+
+    def prompt_tokens(self, tenant: str, running: Items[Sequence], step_tokens: int) -> int:
+        """Return all of them, but only a part where the tenant runs more than an even share beside others:
+        whoever comes meanwhile waits for the end of the step, and a crowd's prompts would make it long.
+        """
+        tenants = {sequence.request.tenant for sequence in running} | {lane[0] for lane in self._lanes}
+        runs = sum(sequence.request.tenant == tenant for sequence in running)
+        if runs * len(tenants) <= len(running):
+            return step_tokens
+        return max(1, step_tokens // CROWDED_PROMPT_PART)
 
     def to_admit(self, candidate: Sequence, running: Iterable[Sequence]) -> Sequence | None:
         """Return the youngest of the tenant that runs most, where that evens out how many each runs."""

@@ -1,9 +1,10 @@
 """Who runs in the next step.
 
 Running sequences go first, one token each while they decode, in order of admission; then unfinished prefills,
-in chunks; then waiting sequences, in the order of the policy. A sequence whose adapter is still loading is
-passed over, as is one whose prompt a sibling is just computing; one that lacks blocks or device memory stops
-admission, so that large requests are not starved by small ones.
+in chunks; then waiting sequences, in the order of the policy. The policy also bounds how much of a step the
+prompts of one tenant may make up. A sequence whose adapter is still loading is passed over, as is one whose
+prompt a sibling is just computing; one that lacks blocks or device memory stops admission, so that large
+requests are not starved by small ones.
 """
 
 from __future__ import annotations
@@ -32,6 +33,30 @@ class _Group:
 
     sequences: tuple[Sequence, ...]
     lease: Lease | None
+
+
+class _PromptRoom:
+    """How much of one step each tenant's prompts may have; a crowd's come after those of others."""
+
+    def __init__(self, policy: QueuePolicy, running: Iterable[Sequence], step_tokens: int) -> None:
+        self._policy = policy
+        self._running = list(running)
+        self._step_tokens = step_tokens
+        self._most: dict[str, int] = {}
+        self._taken = 0
+
+    def left(self, sequence: Sequence) -> int:
+        """Return the tokens that `sequence` may run; one that decodes always may."""
+        tenant = sequence.request.tenant
+        if tenant not in self._most:
+            self._most[tenant] = self._policy.prompt_tokens(tenant, self._running, self._step_tokens)
+        decodes = sequence.phase is Phase.RUNNING and sequence.num_pending == 1
+        return max(self._most[tenant] - self._taken, int(decodes), 0)
+
+    def take(self, length: int) -> None:
+        """Note tokens of a prompt; single ones are as good as decoding."""
+        if length > 1:
+            self._taken += length
 
 
 class Scheduler:
@@ -65,16 +90,18 @@ class Scheduler:
         """Choose this step's chunks and give each its blocks."""
         chunks: list[Chunk] = []
         budget = self._max_batch_tokens
+        prompts = _PromptRoom(self.waiting, self.running, budget)
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         prefilling = [sequence for sequence in self.running if sequence.num_pending > 1]
         for sequence in chain(decoding, prefilling):
             if sequence.phase is not Phase.RUNNING or budget == 0:
                 continue
-            length = min(sequence.num_pending, budget)
-            if self._grow_or_preempt(sequence, sequence.num_computed + length):
+            length = min(sequence.num_pending, budget, prompts.left(sequence))
+            if length and self._grow_or_preempt(sequence, sequence.num_computed + length):
                 chunks.append(Chunk(sequence, length))
                 budget -= length
-        chunks += self._admit(budget)
+                prompts.take(length)
+        chunks += self._admit(budget, prompts)
         return [chunk for chunk in chunks if chunk.sequence.phase is Phase.RUNNING]
 
     def mark_computed(self, chunks: Iterable[Chunk]) -> None:
@@ -107,18 +134,19 @@ class Scheduler:
         """Return the lease that `sequence` runs under; None for the base."""
         return self._groups[sequence.request.id].lease
 
-    def _admit(self, budget: int) -> list[Chunk]:
+    def _admit(self, budget: int, prompts: _PromptRoom) -> list[Chunk]:
         chunks: list[Chunk] = []
         if budget == 0 or not self.waiting:
             return chunks
         for sequence in self.waiting.offers():
-            if not self._is_ready(sequence):
+            if not self._is_ready(sequence) or not prompts.left(sequence):
                 continue
             if not self._take_all(sequence):
                 break
-            length = min(sequence.num_pending, budget)
+            length = min(sequence.num_pending, budget, prompts.left(sequence))
             chunks.append(Chunk(sequence, length))
             budget -= length
+            prompts.take(length)
             if budget == 0:
                 break
         return chunks

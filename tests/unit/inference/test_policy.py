@@ -86,6 +86,12 @@ class Bench:
                 finished.append(sequence.request.id)
         return finished
 
+    def crowds(self) -> set[str]:
+        """Return the tenants whose prompts may not have the whole of the next step."""
+        running = list(self.scheduler.running)
+        tenants = {sequence.request.tenant for sequence in [*running, *self.policy]}
+        return {tenant for tenant in tenants if self.policy.prompt_tokens(tenant, running, 8) < 8}
+
     def run(self, limit: int = 10_000) -> list[str]:
         """Run until nothing is left; return the ids in the order in which they finished."""
         finished: list[str] = []
@@ -249,13 +255,46 @@ def test_everybody_is_served_whatever_has_to_make_way(
 def test_no_place_stays_empty_while_somebody_waits(
     requests: Items[tuple[str, str | None, int, int, int, int]], places: int, is_fair: bool
 ) -> None:
+    """But for those of a crowd, whose prompts have only a part of each step."""
     bench = (fair if is_fair else first_come)(places=places, tokens=8)
     for tenant, adapter, prompt, output, priority, pause in requests:
         bench.add(tenant, prompt=prompt, output=output, adapter=adapter, priority=priority)
         for _ in range(pause):
+            crowds = bench.crowds()
             finished = bench.step()
             is_full = bench.tokens_of_step == 8 or len(bench.scheduler.running) + len(finished) == places
-            assert is_full or not len(bench.policy)
+            assert is_full or {waiting.request.tenant for waiting in bench.policy} <= crowds
+
+
+def test_prompts_of_a_crowd_leave_steps_short_for_others() -> None:
+    bench = fair(places=16, tokens=64)
+    for _ in range(16):
+        bench.add("flood", prompt=16, output=40)
+    steps = []
+    for number in range(5):
+        if number == 2:
+            bench.add("quiet", prompt=16, output=40)
+        running = len(bench.scheduler.running)
+        bench.step()
+        steps.append(bench.tokens_of_step - running)
+    # Alone it has the whole of each step; beside another what that one's prompt leaves of a quarter.
+    assert steps[:2] == [64, 60]
+    assert all(0 < step <= 16 + 4 for step in steps[2:])
+    assert bench.scheduler.num_preemptions == 0
+    assert len(bench.run()) == 17
+
+
+def test_a_long_prompt_of_one_who_runs_little_has_the_whole_step() -> None:
+    bench = fair(places=16, tokens=64)
+    for _ in range(4):
+        bench.add("flood", prompt=16, output=40)
+    bench.step()
+    bench.add("quiet", prompt=100, output=4)
+    for _ in range(4):
+        bench.add("flood", prompt=16, output=40)
+    bench.step()
+    assert bench.tokens_of_step == 64
+    assert len(bench.scheduler.running) == 5
 
 
 @given(
