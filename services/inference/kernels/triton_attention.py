@@ -19,8 +19,9 @@ from services.inference.model.plain_attention import ScoreChanges
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_HEAD_DIM = 256
-# Keys of one round; tl.dot wants at least 16 query rows.
-_KEY_BLOCK = 64
+# Bytes of the keys of one round, and their least and largest number; tl.dot wants at least 16 rows of each.
+_TILE_BYTES = 1 << 14
+_LEAST_KEYS, _MOST_KEYS = 16, 64
 _LEAST_GROUP = 16
 # Programs that fill a GPU of some 130 multiprocessors, and most parts that one sequence is cut into.
 _WANTED_PROGRAMS = 256
@@ -199,12 +200,14 @@ class TritonAttention:
         _, block_size, kv_heads, head_dim = keys.shape
         n, heads = len(rows), queries.shape[1]
         group = heads // kv_heads
-        splits = _count_splits(n * kv_heads, max_length if window is None else min(window, max_length))
+        dim_block = max(16, triton.next_power_of_2(head_dim))
+        key_block = min(max(_TILE_BYTES // (dim_block * keys.element_size()), _LEAST_KEYS), _MOST_KEYS)
+        seen = max_length if window is None else min(window, max_length)
+        splits = _count_splits(n * kv_heads, -(-seen // key_block))
         device = queries.device
         totals = torch.empty((n, heads, splits, head_dim), dtype=torch.float32, device=device)
         maxima = torch.empty((n, heads, splits), dtype=torch.float32, device=device)
         sums = torch.empty_like(maxima)
-        dim_block = max(16, triton.next_power_of_2(head_dim))
         _attend_part[(n, kv_heads, splits)](
             queries,
             keys,
@@ -226,7 +229,7 @@ class TritonAttention:
             head_dim,
             max(_LEAST_GROUP, triton.next_power_of_2(group)),
             dim_block,
-            _KEY_BLOCK,
+            key_block,
             changes.softcap is not None,
         )
         _join_parts[(n, heads)](
@@ -243,8 +246,8 @@ class TritonAttention:
         )
 
 
-def _count_splits(programs: int, max_length: int) -> int:
-    """Return into how many parts each sequence's keys are cut, so that `programs` of them fill the device;
-    a part is a whole number of key blocks, so short sequences leave some empty.
+def _count_splits(programs: int, key_blocks: int) -> int:
+    """Return into how many parts the longest sequence's `key_blocks` are cut, so that `programs` for each
+    part fill the device. Shorter sequences may leave some empty.
     """
-    return min(-(-_WANTED_PROGRAMS // programs), -(-max_length // _KEY_BLOCK), _MOST_SPLITS)
+    return min(-(-_WANTED_PROGRAMS // programs), key_blocks, _MOST_SPLITS)

@@ -50,7 +50,7 @@ def _shrink(
         update = tables + (table + module) * fields
         rank = tl.load(update + 4)
         if tl.program_id(1) * rank_block < rank:
-            a = tl.multiple_of(tl.load(update), _ALIGNMENT).to(x.dtype)
+            a = tl.multiple_of(tl.load(update).to(x.dtype), _ALIGNMENT)
             total = tl.zeros((rank_block,), dtype=tl.float32)
             for first in range(0, width, in_block):
                 at = first + tl.arange(0, in_block)
@@ -75,6 +75,7 @@ def _expand(
     width,
     low_stride,
     fields: tl.constexpr,
+    rank_block: tl.constexpr,
     out_block: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -85,13 +86,19 @@ def _expand(
         rank = tl.load(update + 4)
         gain, shift = tl.load(update + 2), tl.load(update + 3)
         inside = at < width
-        b = tl.multiple_of(tl.load(update + 1), _ALIGNMENT).to(y.dtype)
+        b = tl.multiple_of(tl.load(update + 1).to(y.dtype), _ALIGNMENT)
         total = tl.load(y + row * width + at, mask=inside, other=0.0).to(tl.float32)
         if gain != 0:
             total *= tl.load(gain.to(y.dtype) + at, mask=inside, other=0.0).to(tl.float32)
-        for r in range(rank):
-            part = tl.load(b + r * width + at, mask=inside, other=0.0).to(tl.float32)
-            total += part * tl.load(low + row * low_stride + r)
+        for first in range(0, rank, rank_block):
+            ranks = first + tl.arange(0, rank_block)
+            parts = tl.load(
+                b + ranks[:, None].to(tl.int64) * width + at[None, :],
+                mask=(ranks < rank)[:, None] & inside[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            shares = tl.load(low + row * low_stride + ranks, mask=ranks < rank, other=0.0)
+            total += tl.sum(parts * shares[:, None], axis=0)
         if shift != 0:
             total += tl.load(shift.to(y.dtype) + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(y + row * width + at, total.to(y.dtype.element_ty), mask=inside)
@@ -175,7 +182,7 @@ class TritonLora:
             x, low, self._tables, self._row_tables, index, width, ranks, _FIELDS, _RANK_BLOCK, _IN_BLOCK
         )
         _expand[(rows, -(-out // _OUT_BLOCK))](
-            y, low, self._tables, self._row_tables, index, out, ranks, _FIELDS, _OUT_BLOCK
+            y, low, self._tables, self._row_tables, index, out, ranks, _FIELDS, _RANK_BLOCK, _OUT_BLOCK
         )
 
     def _table(self, weights: AdapterWeights) -> _Table:
