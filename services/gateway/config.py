@@ -64,6 +64,15 @@ class GatewaySettings(StoreSettings, PeerSettings, FileSettings, ServiceSettings
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=64 * 1024 * 1024)
     """Largest JSON body."""
 
+    header_timeout_seconds: float = Field(default=10.0, gt=0, le=600)
+    """How long the head of a request may take from its first byte on."""
+
+    body_timeout_seconds: float = Field(default=30.0, gt=0, le=600)
+    """Period in which at least 32 KiB of a body must come, or its end."""
+
+    stalled_timeout_seconds: float = Field(default=60.0, gt=0, le=3600)
+    """How long a client may leave an answer unread before its connection is closed."""
+
     max_concurrent_uploads: int = Field(default=8, ge=1, le=1024)
     """Uploads that may be held on disk at the same time."""
 

@@ -11,6 +11,7 @@ import ssl
 from collections.abc import Generator
 
 import uvicorn
+from fastapi import FastAPI
 
 from services.common import logs
 from services.common.config import Address
@@ -19,6 +20,7 @@ from services.common.server import start_telemetry
 from services.common.store import open_store
 from services.gateway.app import create_app
 from services.gateway.config import GatewaySettings
+from services.gateway.wire import HEAD_LIMIT_BYTES, protocol_class
 
 _logger = logging.getLogger("lorafleet.gateway")
 
@@ -71,9 +73,21 @@ async def serve(settings: GatewaySettings) -> int:
     except (LorafleetError, OSError) as error:
         _logger.error("cannot start", extra={"detail": str(error)})
         return EXIT_FAILED
-    config = uvicorn.Config(
+    config = http_config(app, settings)
+    with contextlib.closing(listener):
+        server = GatewayServer(config, settings, Address(*listener.getsockname()[:2]))
+        await server.serve(sockets=[listener])
+    await asyncio.to_thread(telemetry.shutdown)
+    _logger.info("stopped")
+    return EXIT_OK
+
+
+def http_config(app: FastAPI, settings: GatewaySettings) -> uvicorn.Config:
+    """Return how uvicorn serves the application."""
+    return uvicorn.Config(
         app,
-        http="h11",
+        http=protocol_class(settings),
+        h11_max_incomplete_event_size=HEAD_LIMIT_BYTES,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -87,12 +101,6 @@ async def serve(settings: GatewaySettings) -> int:
         ssl_ca_certs=settings.tls_client_ca_file and str(settings.tls_client_ca_file),
         ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca_file else ssl.CERT_NONE,
     )
-    with contextlib.closing(listener):
-        server = GatewayServer(config, settings, Address(*listener.getsockname()[:2]))
-        await server.serve(sockets=[listener])
-    await asyncio.to_thread(telemetry.shutdown)
-    _logger.info("stopped")
-    return EXIT_OK
 
 
 def bind(settings: GatewaySettings) -> socket.socket:

@@ -35,7 +35,7 @@ from services.gateway import upstream
 from services.gateway.app import create_app
 from services.gateway.config import GatewaySettings
 from services.gateway.keys import KeyRing, Scope
-from services.gateway.server import bind
+from services.gateway.server import bind, http_config
 from services.registry.config import RegistrySettings
 from services.registry.service import SERVICES, Registry
 from tests.support.fake_services import FakeAdapters, FakeBases, FakeFiles, FakeInference, FakeTrainer
@@ -165,8 +165,7 @@ async def _serve(
     keys = KeyRing(store, PEPPER, cache_seconds=0)
     listener = bind(settings)
     app = create_app(settings, store)
-    config = uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_config=None)
-    server = _Server(config, started)
+    server = _Server(http_config(app, settings), started)
     ends.append(lambda: setattr(server, "should_exit", True))
     made.append(
         GatewayUnderTest(
