@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from services.common import telemetry
 from services.common.call_context import call_scope
 from services.common.errors import DataLoss, FailedPrecondition
 from services.common.store import ObjectStore
@@ -80,8 +81,9 @@ class CheckpointPublisher:
         key = (checkpoint.id, adapter)
         task = self._in_work.get(key)
         if task is None:
-            # A context of its own: the deadline of this call is none of the work's.
-            task = asyncio.create_task(self._work(job, checkpoint, adapter), context=Context())
+            # A context of its own: the deadline of this call is none of the work's. The trace goes on.
+            work = self._work(job, checkpoint, adapter, telemetry.traceparent())
+            task = asyncio.create_task(work, context=Context())
             self._in_work[key] = task
             task.add_done_callback(partial(self._done, key))
         return await asyncio.shield(task)
@@ -106,13 +108,14 @@ class CheckpointPublisher:
                 return each
         return None
 
-    async def _work(self, job: Job, checkpoint: Checkpoint, adapter: str) -> str:
+    async def _work(self, job: Job, checkpoint: Checkpoint, adapter: str, traceparent: str) -> str:
         request = job.request
         base = self._bases.find(request.base_model)
         work = tempfile.TemporaryDirectory(
             prefix="lorafleet-checkpoint-", dir=self._settings.work_folder, ignore_cleanup_errors=True
         )
-        with call_scope(tenant=request.tenant, request_id=job.id), work as name:
+        scope = call_scope(tenant=request.tenant, request_id=job.id)
+        with scope, telemetry.child_of(traceparent), work as name:
             folder = Path(name)
             # At once, before a job that runs makes its next checkpoint and discards this one.
             await asyncio.to_thread(self._fetch, job, checkpoint, folder / CHECKPOINT)
