@@ -6,7 +6,7 @@ DATA ?=
 TASKS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fix proto proto-check test test-optimized test-slow test-gpu test-triton bench demo up down docs dist lock audit compose-check clean
+.PHONY: help setup check fix proto proto-check test test-optimized test-slow test-clients test-gpu test-triton bench demo up down docs dist lock audit compose-check clean
 
 help: ## list the words
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t16
@@ -47,6 +47,10 @@ test-optimized: setup ## the test-suite under `python -O`
 
 test-slow: setup ## tests that take minutes
 	$(BIN)/pytest -m slow --timeout 1800
+
+# Each client in an environment of its own under .cache/clients: their requirements clash with ours.
+test-clients: setup ## stock clients of others against a real fleet; installs them
+	$(BIN)/pytest -m slow --timeout 1800 tests/clients
 
 # Triton 3.9 warns unless it is told whether to fuse multiplications and additions; tests fail on warnings.
 test-gpu: setup ## tests that need a CUDA device
