@@ -21,7 +21,6 @@ from torch.optim import AdamW, Muon, Optimizer
 from transformers import LlamaForCausalLM
 
 from assets.base_model import export_base, new_base
-from assets.guidance import GUIDANCE_WEIGHT, guidance_loss
 from assets.schedule import LONG_ROW_TOKENS, STAGES, batch_plan, learning_rate_factor
 from assets.streams import BatchReader, load_streams
 from assets.training_state import RunCounters, load_state, save_state
@@ -126,12 +125,9 @@ class PretrainingRun:
         ids = torch.from_numpy(self._reader.read(counters.step, plan.rows, plan.row_tokens, plan.mix)).to(
             self._device
         )
-        self._use_attention("eager" if plan.guided else "sdpa")
-        output = self._model(input_ids=ids, use_cache=False, output_attentions=plan.guided)
-        logits = output.logits
+        logits = self._model(input_ids=ids, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        guidance = guidance_loss(ids, output.attentions) if plan.guided else loss.new_zeros(())
-        (loss + GUIDANCE_WEIGHT * guidance).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), GRADIENT_CLIP)
         for optimizer in self._optimizers.values():
             optimizer.step()
@@ -139,11 +135,6 @@ class PretrainingRun:
         counters.step += 1
         counters.tokens += ids.numel()
         return float(loss.item())
-
-    def _use_attention(self, implementation: str) -> None:
-        """Only the eager attention shows its weights; the other one is faster."""
-        if self._model.config._attn_implementation != implementation:
-            self._model.set_attn_implementation(implementation)
 
     def _write_log(self, loss: float, progress: float) -> None:
         counters = self._counters

@@ -18,16 +18,12 @@ class Stage:
     Attributes:
         stable_mix, decay_mix: the streams' chances for each row, before and after `DECAY_FROM`.
         after: the stage whose weights and moments this one begins with; None: fresh weights.
-        guided_until: share of the stage in which copying heads are guided (`assets.guidance`), with
-            `guided_mix` for its rows.
     """
 
     name: str
     stable_mix: dict[str, float]
     decay_mix: dict[str, float]
     after: str | None = None
-    guided_until: float = 0.0
-    guided_mix: dict[str, float] | None = None
 
 
 STAGES = {
@@ -41,20 +37,12 @@ STAGES = {
         Stage(
             name="copying",
             after="reading",
-            guided_until=0.50,
-            guided_mix={"children": 0.15, "copies": 0.35, "echoes": 0.50},
-            stable_mix={
-                "children": 0.25,
-                "fiction": 0.05,
-                "instructions": 0.25,
-                "copies": 0.35,
-                "echoes": 0.10,
-            },
+            stable_mix={"children": 0.15, "copies": 0.40, "echoes": 0.45},
             decay_mix={
-                "children": 0.35,
-                "fiction": 0.07,
+                "children": 0.40,
+                "fiction": 0.10,
                 "instructions": 0.30,
-                "copies": 0.26,
+                "copies": 0.18,
                 "echoes": 0.02,
             },
         ),
@@ -74,23 +62,16 @@ def learning_rate_factor(step: int, progress: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """What one step reads: `rows` x `row_tokens` token ids, each row from a stream drawn by `mix`.
-
-    `guided`: whether the attention of the copying heads is part of the loss.
-    """
+    """What one step reads: `rows` x `row_tokens` token ids, each row from a stream drawn by `mix`."""
 
     rows: int
     row_tokens: int
     mix: dict[str, float]
-    guided: bool
 
 
 def batch_plan(stage: Stage, progress: float, batch_tokens: int) -> BatchPlan:
     """Short rows first; the last part of the stage reads rows of the whole context, and more instructions."""
     assert batch_tokens % LONG_ROW_TOKENS == 0, batch_tokens
     row_tokens = LONG_ROW_TOKENS if progress >= LONG_ROWS_FROM else SHORT_ROW_TOKENS
-    guided = progress < stage.guided_until
     mix = stage.decay_mix if progress >= DECAY_FROM else stage.stable_mix
-    if guided and stage.guided_mix is not None:
-        mix = stage.guided_mix
-    return BatchPlan(batch_tokens // row_tokens, row_tokens, mix, guided)
+    return BatchPlan(batch_tokens // row_tokens, row_tokens, mix)

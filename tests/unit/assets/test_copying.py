@@ -1,4 +1,4 @@
-"""Learning to copy: the documents, the guidance of attention, and the probe."""
+"""Learning to copy: the documents and the probe."""
 
 import json
 import re
@@ -8,13 +8,12 @@ from random import Random
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from assets.copy_probe import PROBES, copy_accuracy, echo_accuracy
 from assets.copying import KINDS, CopyKind, WordSource, copy_documents, is_held_out
 from assets.demo_tasks import DEMO_TASKS, draw_rows
 from assets.demo_words import DEMO_WORDS
-from assets.guidance import followers_of_same, guidance_loss, induction_loss, previous_loss
 
 BASE = Path(__file__).parents[3] / "assets" / "base"
 WORD = re.compile(r"[a-z]{3,}")
@@ -68,44 +67,6 @@ def test_objects_in_documents_parse(tokenizer: Tokenizer) -> None:
     assert len(objects) > 200
     for line in objects:
         json.loads(line)
-
-
-def test_followers_are_what_came_after_the_same_token() -> None:
-    followers = followers_of_same(torch.tensor([[5, 6, 5, 7, 5, 6]]))[0]
-    assert followers.nonzero().tolist() == [[2, 1], [4, 1], [4, 3], [5, 2]]
-
-
-def test_guidance_is_lowest_where_the_heads_look_right() -> None:
-    ids = torch.tensor([[5, 6, 7, 5, 6, 7]])
-    right = torch.zeros(1, 8, 6, 6)
-    right[:, :, torch.arange(1, 6), torch.arange(5)] = 1.0
-    assert previous_loss(right) == pytest.approx(0.0, abs=1e-4)
-    followers = followers_of_same(ids).float()
-    assert induction_loss(ids, followers[:, None].expand(1, 8, 6, 6)) == pytest.approx(0.0, abs=1e-4)
-    uniform = torch.full((1, 8, 6, 6), 1 / 6)
-    assert previous_loss(uniform) > 1
-    assert induction_loss(ids, uniform) > 1
-    assert induction_loss(torch.tensor([[5, 6, 7, 8, 9, 10]]), uniform) == 0
-
-
-def test_guidance_turns_attention_within_a_few_steps() -> None:
-    torch.manual_seed(1)
-    torch.set_num_threads(1)
-    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4}
-    config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=4, attn_implementation="eager")
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    generator = torch.Generator().manual_seed(1)
-    losses = []
-    for _ in range(40):
-        span = torch.randint(6, 32, (16, 8), generator=generator)
-        ids = torch.cat([span, span], dim=1)
-        loss = guidance_loss(ids, model(input_ids=ids, output_attentions=True).attentions)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] / 2
 
 
 def test_the_probe_tells_a_copying_model_from_the_base(tokenizer: Tokenizer) -> None:

@@ -70,7 +70,6 @@ def test_every_batch_has_the_same_tokens_and_long_rows_come_last(stage: Stage) -
     assert plans[-1].row_tokens == base_config().max_position_embeddings
     assert all(sum(plan.mix.values()) == pytest.approx(1.0) for plan in plans)
     assert plans[-1].mix["instructions"] > plans[0].mix.get("instructions", 0.0)
-    assert [plan.guided for plan in plans] == [n / 100 < stage.guided_until for n in range(100)]
 
 
 def test_reader_goes_on_from_its_cursors() -> None:
@@ -189,7 +188,7 @@ def test_a_short_run_learns_resumes_and_exports(tmp_path: Path) -> None:
     assert (tmp_path / "base" / "model.safetensors").stat().st_size > 9_000_000
     streams = load_streams(half.corpus, half.out / "tokenizer.json", half.cache, 200, 1)
     assert set(streams) == {"children", "fiction", "instructions", "copies", "echoes"}
-    # The second stage goes on with the first one's weights, guided at first, and keeps a log of its own.
+    # The second stage goes on with the first one's weights, and keeps a log of its own.
     copying = _settings(tmp_path, stage="copying", token_budget=22 * 1024)
     went_on = PretrainingRun(copying)
     first = load_file(half.checkpoint)
