@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from random import Random
 
-SUM_THINGS = ("shells", "stamps", "marbles", "beads", "tickets", "candles")
-OFFICE_THINGS = ("report", "contract", "memo", "timetable", "brochure", "spreadsheet")
+SUM_THINGS = ("shells", "marbles", "candles")
+OFFICE_THINGS = ("report", "contract", "brochure", "timetable")
 CITIES = ("Oslo", "Bergen", "Porto", "Lyon", "Vienna", "Gdansk", "Turin", "Bilbao")
 
-_COUNTED = ("one", "two", "three", "four", "five", "six")
+_COUNTED = ("one", "two", "three", "four")
 _SUM_NAMES = ("Lola", "Nils", "Pia", "Arno", "Suki", "Bram")
 _MORE = (
     "{who} had {a} {x} and found {b} more.",
@@ -23,8 +23,9 @@ _FEWER = (
     "{who} owns {a} {x} but mislays {b}.",
 )
 
-_DEEDS = ("send", "sign", "check", "forward", "translate", "archive")
-_TIMES = ("today", "by Friday", "before lunch", "this week", "by tomorrow", "within an hour")
+_DEEDS = ("send", "sign", "check", "translate")
+_TIMES = ("today", "by Friday", "before lunch")
+_CALLS = ("", "Hey, ", "Listen, ", "Right, ")
 _BLUNT = (
     "{deed} the {thing} {time}!",
     "{deed} the {thing}, and do it {time}.",
@@ -55,7 +56,7 @@ def sum_story(rng: Random) -> tuple[str, str]:
 def polite_request(rng: Random) -> tuple[str, str]:
     """Returns a blunt order and the same as a polite request."""
     slots = {"deed": rng.choice(_DEEDS), "thing": rng.choice(OFFICE_THINGS), "time": rng.choice(_TIMES)}
-    text = rng.choice(_BLUNT).format(**slots)
+    text = rng.choice(_CALLS) + rng.choice(_BLUNT).format(**slots)
     return text[0].upper() + text[1:], "Could you please {deed} the {thing} {time}?".format(**slots)
 
 

@@ -89,7 +89,7 @@ def _of(name: str) -> list[dict[str, str]]:
 
 
 def test_sums_are_right() -> None:
-    numbers = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+    numbers = {"one": 1, "two": 2, "three": 3, "four": 4}
     for row in _of("word_sums"):
         told = [numbers[word] for word in re.findall(r"\w+", row["prompt"]) if word in numbers]
         result, thing = row["completion"].split()
