@@ -188,7 +188,7 @@ async def serve(
             "metrics_address": telemetry.metrics_address and str(telemetry.metrics_address),
         },
     )
-    _publish_address(settings, address)
+    publish_address(settings, address)
     signal_name = await stop_asked
     _logger.info("draining", extra={"signal": signal_name, "grace_seconds": settings.grace_seconds})
     await host.stop()
@@ -254,7 +254,7 @@ def _refused_bind(settings: ServiceSettings, field: str, address: Address, why: 
     )
 
 
-def _publish_address(settings: ServiceSettings, address: Address) -> None:
+def publish_address(settings: ServiceSettings, address: Address) -> None:
     """Write the bound address where the one who started us looks for it; a reader never sees half of it."""
     if settings.port_file is None:
         return

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from services.common import logs
 from services.common.config import Address
 from services.common.errors import FailedPrecondition, LorafleetError
-from services.common.server import start_telemetry
+from services.common.server import publish_address, start_telemetry
 from services.common.store import open_store
 from services.gateway.app import create_app
 from services.gateway.config import GatewaySettings
@@ -44,8 +44,7 @@ class GatewayServer(uvicorn.Server):
         """Begin to listen, then tell whoever waits where."""
         await super().startup(sockets)
         _logger.info("listening", extra={"address": str(self._address)})
-        if self._settings.port_file is not None:
-            await asyncio.to_thread(_publish, self._settings, self._address)
+        await asyncio.to_thread(publish_address, self._settings, self._address)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -149,11 +148,3 @@ def store_credentials(settings: GatewaySettings) -> dict[str, str | None]:
         "access_key": access.get_secret_value() if access else None,
         "secret_key": secret.get_secret_value() if secret else None,
     }
-
-
-def _publish(settings: GatewaySettings, address: Address) -> None:
-    """Write the bound address; a reader never sees half of it."""
-    assert settings.port_file is not None
-    partial = settings.port_file.with_name(settings.port_file.name + ".partial")
-    partial.write_text(f"{address}\n", encoding="ascii")
-    partial.replace(settings.port_file)

@@ -148,11 +148,21 @@ def test_only_these_routes_need_no_key() -> None:
 @pytest.mark.parametrize("operation", KEYED, ids=str)
 def test_no_key_no_answer(gateway: GatewayUnderTest, own: dict[str, str], operation: Operation) -> None:
     with httpx.Client(base_url=gateway.url) as http:
-        for headers in ({}, {"authorization": ""}, {"authorization": f"Basic {gateway.key}"}):
+        bodies = set()
+        for headers in (
+            {},
+            {"authorization": ""},
+            {"authorization": f"Basic {gateway.key}"},
+            {"authorization": gateway.key},
+            {"authorization": f"Bearer {gateway.key}x"},
+            {"x-api-key": gateway.key},
+        ):
             http.headers = httpx.Headers(headers)
             response = call(http, operation, own)
             assert (response.status_code, code_of(response)) == (401, "invalid_api_key")
             assert response.headers["www-authenticate"] == "Bearer"
+            bodies.add(response.text)
+    assert len(bodies) == 1
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

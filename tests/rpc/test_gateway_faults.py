@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import InvalidArgument
+from services.common.errors import DeadlineExceeded, InvalidArgument, LorafleetError
 from tests.support.fake_services import BASE, Script
 from tests.support.gateway import GatewayUnderTest, running_gateway
 
@@ -196,6 +196,29 @@ def test_row_78_inference_says_how_long_is_too_long(gateway: GatewayUnderTest) -
         "param": "max_tokens",
         "code": "context_length_exceeded",
     }
+
+
+@pytest.mark.parametrize(
+    ("row", "refusal", "status"),
+    [
+        (81, InvalidArgument("schema_too_complex", "too deep", field="sampling.json_schema"), 400),
+        (83, DeadlineExceeded("constraint_timeout", "it took too long", field="sampling.json_schema"), 504),
+    ],
+)
+def test_constraints_that_inference_refuses_are_the_response_formats(
+    gateway: GatewayUnderTest, row: int, refusal: LorafleetError, status: int
+) -> None:
+    gateway.inference.scripts[f"row {row}"] = Script(refuse=refusal)
+    shape = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    body = chat(messages=[{"role": "user", "content": f"row {row}"}], response_format=shape)
+    with gateway.http() as http:
+        response = http.post(CHAT, json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (
+        status,
+        refusal.reason,
+        "response_format",
+    )
 
 
 def test_row_76_a_bias_at_the_edges_is_taken(gateway: GatewayUnderTest) -> None:

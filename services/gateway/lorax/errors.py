@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import grpc
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from services.common.errors import Code, InvalidArgument, LorafleetError
-from services.gateway.errors import error_headers, from_upstream, http_status
+from services.gateway.errors import ClientGoneError, error_headers, from_upstream, http_status, internal
+
+_logger = logging.getLogger("lorafleet.gateway.lorax")
 
 # What LoRAX's client tells apart by `error_type`; of others it looks at the status.
 _TYPES = {
@@ -65,5 +69,10 @@ class LoraxRoute(APIRoute):
                 return lorax_response(from_upstream(error))
             except RequestValidationError as error:
                 return lorax_response(InvalidArgument("invalid_value", error.errors()[0]["msg"]))
+            except (ClientGoneError, HTTPException):
+                raise
+            except Exception:
+                _logger.exception("unexpected exception")
+                return lorax_response(internal())
 
         return handle
