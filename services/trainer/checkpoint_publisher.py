@@ -44,7 +44,7 @@ class CheckpointPublisher:
     """Makes versions of checkpoints, one at a time: each takes the memory of a base.
 
     The work goes on when its caller has gone, so that a base which takes longer to load than a call may last
-    is published all the same: the same call again waits for the same work.
+    is published all the same: the same call again waits for the same work, or is told why it failed.
     """
 
     def __init__(
@@ -86,7 +86,11 @@ class CheckpointPublisher:
             task = asyncio.create_task(work, context=Context())
             self._in_work[key] = task
             task.add_done_callback(partial(self._done, key))
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        finally:
+            if task.done() and self._in_work.get(key) is task:
+                del self._in_work[key]
 
     async def stop(self) -> None:
         """End what is in work; it can be asked for again."""
@@ -208,10 +212,12 @@ class CheckpointPublisher:
             ) from error
 
     def _done(self, key: tuple[str, str], task: asyncio.Task[str]) -> None:
-        del self._in_work[key]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            # Its caller may have gone.
-            _logger.warning("checkpoint not published", extra={"checkpoint": key[0], "detail": str(error)})
+        if task.cancelled() or task.exception() is None:
+            self._in_work.pop(key, None)
+            return
+        # It stays for the next caller where there is none now.
+        detail = str(task.exception())
+        _logger.warning("checkpoint not published", extra={"checkpoint": key[0], "detail": detail})
 
 
 def _idempotency_key(checkpoint: Checkpoint, adapter: str) -> str:

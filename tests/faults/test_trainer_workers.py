@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 import psutil
 import pytest
 
 from lorafleet.registry.v1 import adapter_pb2
 from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
-from tests.support.models import make_tiny_llama
 from tests.support.trainer import (
-    BASE,
     Trainer,
     TrainerPlace,
     prompt_rows,
@@ -20,28 +17,14 @@ from tests.support.trainer import (
     running_trainer,
     spec,
 )
+from tests.support.trainer_fixtures import base, place
+
+__all__ = ["base", "place"]
 
 SHORT = spec(n_epochs=1, batch_size=4, evaluation_rows=0, joint=False)
 # 100 steps, alone.
 LONG = spec(n_epochs=25, batch_size=4, validation_fraction=0.0, checkpoint_steps=10, joint=False)
 TOTAL_STEPS = 100
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("models") / BASE)
-
-
-@pytest.fixture
-def place(base: Path, tmp_path: Path, redis_url: str) -> TrainerPlace:
-    return TrainerPlace(base, tmp_path, redis_url)
-
-
-async def past_step(trainer: Trainer, job_id: str, step: int) -> None:
-    async for event in trainer.watch(job_id):
-        if event.metrics.step > step:
-            return
-    pytest.fail(f"the job ended before step {step}: {await trainer.job(job_id)}")
 
 
 async def num_versions(trainer: Trainer, adapter: str) -> int:
@@ -76,7 +59,7 @@ async def test_row_59_trainer_that_was_overtaken_is_refused_and_publishes_nothin
     """It is stopped for longer than its lease, as by a pause of its machine, and wakes up again."""
     async with registry_host(place) as registry, running_trainer(place, registry, LEASE_SECONDS="1") as stale:
         job = await stale.create(prompt_rows(16), LONG, adapter="fenced")
-        await past_step(stale, job.id, 20)
+        await stale.past_step(job.id, 20)
         sleepers = [psutil.Process(stale.process.pid), *stale.children()]
         for process in sleepers:
             process.suspend()
@@ -102,7 +85,7 @@ async def test_row_59_trainer_that_was_overtaken_is_refused_and_publishes_nothin
 async def test_row_60_full_disk_fails_a_job_that_can_be_resumed(place: TrainerPlace) -> None:
     async with registry_host(place) as registry, running_trainer(place, registry) as trainer:
         job = await trainer.create(prompt_rows(16), LONG, adapter="squeezed")
-        await past_step(trainer, job.id, 12)
+        await trainer.past_step(job.id, 12)
         (child,) = trainer.children()
         # Every file it writes from now on is full after a kilobyte.
         child.rlimit(psutil.RLIMIT_FSIZE, (1024, 1024))
@@ -127,7 +110,7 @@ async def test_row_61_job_without_memory_fails_with_advice_and_the_next_one_runs
         rows = b'{"text": "' + b"x" * 480 + b'"}\n'
         large = spec(n_epochs=50, batch_size=32, max_seq_len=512, validation_fraction=0.0, joint=False)
         job = await trainer.create(rows * 64, large)
-        await past_step(trainer, job.id, 2)
+        await trainer.past_step(job.id, 2)
         (child,) = trainer.children()
         samples = []
         for _ in range(60):

@@ -68,13 +68,6 @@ async def resume(trainer: Trainer, job_id: str) -> job_pb2.Job:
     return job
 
 
-async def past_step(trainer: Trainer, job_id: str, step: int) -> int:
-    async for event in trainer.watch(job_id):
-        if event.metrics.step > step:
-            return event.metrics.step
-    pytest.fail(f"the job ended before step {step}: {await trainer.job(job_id)}")
-
-
 async def test_created_job_carries_an_estimate_that_the_validation_confirms(trainer: Trainer) -> None:
     # More than the beginning of the file is looked at for the estimate.
     data = prompt_rows(6000)
@@ -112,7 +105,7 @@ async def test_job_that_cannot_fit_is_refused_with_the_arithmetic(trainer: Train
 
 async def test_paused_job_gives_its_worker_back_and_goes_on_where_it_stopped(trainer: Trainer) -> None:
     job = await trainer.create(prompt_rows(16), LONG, adapter="rested")
-    reached = await past_step(trainer, job.id, 30)
+    reached = await trainer.past_step(job.id, 30)
     asked = await pause(trainer, job.id)
     assert asked.state in (job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_PAUSED)
     paused = await trainer.until(job.id, job_pb2.JOB_STATE_PAUSED, seconds=10)
@@ -184,13 +177,13 @@ async def test_row_52_duplicates_and_overlap_are_told_and_refused_when_strict(tr
 
 async def test_jobs_that_wait_train_together_and_each_ends_by_itself(trainer: Trainer) -> None:
     blocker = await trainer.create(prompt_rows(64), LONG)
-    await past_step(trainer, blocker.id, 1)
+    await trainer.past_step(blocker.id, 1)
     together = spec(n_epochs=20, batch_size=2, evaluation_rows=0, validation_fraction=0.0)
     jobs = [await trainer.create(prompt_rows(16), together, seed=seed) for seed in range(4)]
     for job in jobs:
         await trainer.until(job.id, job_pb2.JOB_STATE_QUEUED)
     await trainer.cancel(blocker.id)
-    await past_step(trainer, jobs[0].id, 2)
+    await trainer.past_step(jobs[0].id, 2)
     assert len(trainer.children()) == 1
     await trainer.cancel(jobs[1].id)
     states = [
@@ -206,7 +199,7 @@ async def test_jobs_that_wait_train_together_and_each_ends_by_itself(trainer: Tr
 async def test_jobs_in_work_are_measured(place: Place) -> None:
     trainer = place.trainer
     job = await trainer.create(prompt_rows(64), LONG, adapter="measured")
-    await past_step(trainer, job.id, 3)
+    await trainer.past_step(job.id, 3)
     shown = await asyncio.to_thread(_metrics, place.metrics_url)
     (step,) = [line for line in shown if line.startswith("lorafleet_trainer_job_step{")]
     assert f'job="{job.id}"' in step

@@ -89,6 +89,13 @@ class Trainer:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
 
+    async def past_step(self, job_id: str, step: int) -> int:
+        """Return once a job has told about a step behind `step`: that step."""
+        async for event in self.watch(job_id):
+            if event.metrics.step > step:
+                return event.metrics.step
+        raise AssertionError(f"the job ended before step {step}: {await self.job(job_id)}")
+
     async def until(self, job_id: str, *states: int, seconds: float = 100) -> job_pb2.Job:
         """The job once it is in one of the states."""
         async with asyncio.timeout(seconds):

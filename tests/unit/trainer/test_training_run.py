@@ -211,7 +211,7 @@ def test_run_is_that_of_peft_and_torch(nf4: SharedBase, nf4_base: BaseFolder, tm
     assert relative_difference(weights_of(run), trained) < 1e-4
 
 
-def test_divergence_ends_the_run(full_base: BaseFolder, tmp_path: Path) -> None:
+def test_row_62_divergence_ends_the_run(full_base: BaseFolder, tmp_path: Path) -> None:
     observer = Observer(tmp_path)
     base = load_shared(full_base)
     run = new_run(base, tiny_spec(full_base), observer)
