@@ -44,7 +44,7 @@ from services.inference.driver import Driver
 from services.inference.engine.events import TokenEvent
 from services.inference.engine.request import Request, SamplingParams
 from services.inference.resolver import AdapterResolver, ResolverLimits
-from services.inference.runtime import LoadedBase, load
+from services.inference.runtime import LoadedBase, load, settle_interpreter
 from services.inference.settings import InferenceSettings
 from services.inference.sources import AdapterSource, AdapterSources
 from tests.support.registry import Client
@@ -177,9 +177,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         shutil.copytree(folder / ON_DISK, folder / CACHE, copy_function=os.link)
         settings = settings_of(options, folder, mean_bytes, target)
         base = await asyncio.to_thread(load, settings)
-        # As the service does.
-        gc.collect()
-        gc.freeze()
+        settle_interpreter()
         for source in sources:
             base.sources.note(source)
         print(f"published {len(adapters)} adapters of {mean_bytes / 1e6:.2f} MB on average", flush=True)

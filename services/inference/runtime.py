@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,7 @@ _logger = logging.getLogger("lorafleet.inference")
 PINS_FILE = "pins.json"
 _IN_MEMORY = frozenset({AdapterState.HOST, AdapterState.DEVICE})
 _RETRY_AFTER_SECONDS = 1.0
+_SWITCH_INTERVAL_SECONDS = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,18 @@ def load(settings: InferenceSettings) -> LoadedBase:
     return LoadedBase(
         engine, encoder, fetcher, sources, PinRecord(_pins_path(settings), fingerprint.digest), record
     )
+
+
+def settle_interpreter() -> None:
+    """Set the process's interpreter for an engine's thread beside others, once the base is loaded.
+
+    The thread gives the interpreter up at every kernel, a dozen times in a step, and another thread that is
+    busy then keeps it for its whole turn, of 5 ms by default. And every full garbage collection would look at
+    all of torch and transformers again.
+    """
+    sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
+    gc.collect()
+    gc.freeze()
 
 
 class Runtime:

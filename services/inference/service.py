@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import signal
 
@@ -14,7 +13,7 @@ from services.common.base_models import register_base
 from services.common.channels import open_channel
 from services.common.errors import Internal
 from services.common.server import EXIT_FAILED, ServiceHost
-from services.inference.runtime import Runtime, Startup, load
+from services.inference.runtime import Runtime, Startup, load, settle_interpreter
 from services.inference.servicer import SERVICE, InferenceServicer
 from services.inference.settings import InferenceSettings
 
@@ -30,7 +29,7 @@ _HEALTH_INTERVAL_SECONDS = 1.0
 class InferenceService:
     """Brings the service up on a host that listens already, and takes it down with it.
 
-    With `owns_process` the garbage collector is told that what is loaded stays.
+    With `owns_process` the interpreter is set for an engine's thread (`settle_interpreter`).
     """
 
     def __init__(self, settings: InferenceSettings, *, owns_process: bool = False) -> None:
@@ -60,9 +59,7 @@ class InferenceService:
     async def _serve(self, host: ServiceHost) -> None:
         base = await asyncio.to_thread(load, self._settings)
         if self._owns_process:
-            # Else every full collection looks at all of torch and transformers again, while the engine waits.
-            gc.collect()
-            gc.freeze()
+            await asyncio.to_thread(settle_interpreter)
         async with open_channel(
             self._settings.registry_target,
             idempotent_methods=IDEMPOTENT_METHODS,

@@ -118,12 +118,12 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(
     kernels: Kernels, linears: dict[str, nn.Linear]
 ) -> None:
     torch.manual_seed(2)
-    x = torch.randn(1, 40, IN)
+    x = torch.randn(1, 52, IN)
     some = [make_adapter(rank, seed=seed) for seed, rank in enumerate(RANKS)]
-    adapters: list[AdapterWeights | None] = [some[row // 10] for row in range(40)]
+    adapters: list[AdapterWeights | None] = [some[row // 13] for row in range(52)]
     linear, layer = KernelLinear(kernels, {name: row for row, name in enumerate(linears)}), layer_of(linears)
-    groups = [AdapterRows(10 * index, 10 * index + 10, weights) for index, weights in enumerate(some)]
-    linear.begin(groups, 40)
+    groups = [AdapterRows(13 * index, 13 * index + 13, weights) for index, weights in enumerate(some)]
+    linear.begin(groups, 52)
     together = linear.project(layer, x)
     for row, weights in enumerate(adapters):
         assert weights is not None
