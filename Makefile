@@ -50,7 +50,7 @@ test-slow: setup ## tests that take minutes
 
 # Each client in an environment of its own under .cache/clients: their requirements clash with ours.
 test-clients: setup ## stock clients of others against a real fleet; installs them
-	$(BIN)/pytest -m slow --timeout 1800 tests/clients
+	$(BIN)/pytest -m 'not gpu' --timeout 1800 tests/clients
 
 # Triton 3.9 warns unless it is told whether to fuse multiplications and additions; tests fail on warnings.
 test-gpu: setup ## tests that need a CUDA device

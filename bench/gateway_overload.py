@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import gc
 import json
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -77,6 +78,7 @@ def main() -> None:
         "bench": "gateway_overload",
         **vars(options),
         "capacity_per_second": round(options.places / (options.tokens * options.step_ms / 1e3), 2),
+        "load_average": os.getloadavg()[0],
         "targets": {"good_put_of_peak": TARGET_GOOD_PUT, "reject_p99_ms": TARGET_REJECT_SECONDS * 1e3},
         **{name: of_door.report() for name, of_door in turns.items()},
     }
