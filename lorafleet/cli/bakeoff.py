@@ -63,7 +63,7 @@ def bakeoff(
         for name, sums in found.json["bases"].items():
             wins = sums["against_base"]
             results.print(
-                f"{name}: {wins['strict_wins']} of {sums['tasks']} adapters score above the base, "
+                f"{name}: {wins['strict_wins']} of {sums['runs']} adapters score above the base, "
                 f"{wins['ties']} as high; {wins['surely_above']} surely (95 % interval)"
             )
         results.print(f"files in {folder}")

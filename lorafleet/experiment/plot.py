@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _INCHES_PER_LINE = 0.32
 _WIDTH_INCHES = 9.0
+# Text on cells of a stronger correlation is white.
+_DARK = 0.6
 _BASE_COLOUR = "#9aa5b1"
 _ADAPTER_COLOUR = "#1f6feb"
 _MAJORITY_COLOUR = "#d29922"
@@ -80,9 +82,9 @@ def write_correlations(found: dict[str, Any], path: Path) -> None:
         figure.colorbar(image, label="Pearson's r")
         for y, row in enumerate(values):
             for x, value in enumerate(row):
-                axes.text(
-                    x, y, "-" if value is None else f"{value:+.2f}", ha="center", va="center", fontsize=8
-                )
+                text = "-" if value is None else f"{value:+.2f}"
+                colour = "white" if abs(value or 0.0) > _DARK else "black"
+                axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
         axes.set_xticks(range(len(table)), [name.replace("_", "\n") for name in table], fontsize=8)
         axes.set_yticks(range(len(HEURISTICS)), [name.replace("_", " ") for name in HEURISTICS], fontsize=8)
         axes.set_title(f"over {found['tasks']} tasks; by chance one in twenty beyond {found['chance']:.2f}")

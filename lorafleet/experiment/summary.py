@@ -14,7 +14,7 @@ from lorafleet.experiment.line import Line
 
 # A score that is lower by this much at most is not inferior.
 NON_INFERIOR = 0.02
-_LEAST_TASKS = 3
+_LEAST_TASKS = 5
 
 QUALITIES = (
     "average_base_score",
@@ -69,7 +69,8 @@ def correlations(lines: Sequence[Line], heuristics: Mapping[str, Mapping[str, fl
     Args:
         heuristics: the fourteen figures of each task, by its name.
 
-    None where a figure does not vary. `chance` is how far from 0 it comes by chance in one case in twenty.
+    None where a figure does not vary. `chance` is how far from 0 it comes by chance in one case in twenty
+    (Fisher 1921: the inverse hyperbolic tangent of r is about normal, with variance 1 / (n - 3)).
     """
     qualities = _qualities([line for line in lines if line.stands and line.lift is not None])
     if len(qualities) < _LEAST_TASKS:
@@ -77,7 +78,7 @@ def correlations(lines: Sequence[Line], heuristics: Mapping[str, Mapping[str, fl
     names = sorted(qualities)
     return {
         "tasks": len(names),
-        "chance": 1.96 / math.sqrt(len(names)),
+        "chance": math.tanh(1.96 / math.sqrt(len(names) - 3)),
         "pearson": {
             quality: {
                 heuristic: pearson(
@@ -102,7 +103,7 @@ def _of_base(lines: Sequence[Line], every: Sequence[Line]) -> dict[str, Any]:
     lifts = [line.lift for line in lines if line.lift is not None]
     sides = [(line.adapter_score, line.base_score) for line in lines]
     return {
-        "tasks": len(lines),
+        "runs": len(lines),
         "mean_base": _mean([line.base_score for line in lines]),
         "mean_adapter": _mean([line.adapter_score for line in lines]),
         "mean_lift": _mean(lifts),

@@ -240,7 +240,7 @@ def test_what_collapsed_runs_once_more_and_then_stands(tmp_path: Path) -> None:
     found = summary(lines)
     assert found["collapsed"] == ["tiny/shades/quick"]
     assert found["retried"] == ["tiny/shades/quick-retry"]
-    assert found["bases"]["tiny"]["tasks"] == 2
+    assert found["bases"]["tiny"]["runs"] == 2
 
 
 def line(task: str, before: float, adapter: float, **changes: Any) -> Line:
@@ -297,23 +297,25 @@ def test_heuristics_tell_tasks_apart_and_correlations_find_what_was_put_in() -> 
     assert found["pearson"]["average_adapter_score"]["output_length_mean"] == pytest.approx(-1)
     assert found["pearson"]["average_base_score"]["output_length_mean"] is None
     assert found["pearson"]["average_lift"]["training_examples"] is None
-    assert correlations(lines[:2], heuristics)["pearson"] == {}
+    assert found["chance"] == pytest.approx(0.88, abs=0.01)
+    assert correlations(lines[:4], heuristics)["pearson"] == {}
 
 
 def test_the_files_hold_the_table(tmp_path: Path) -> None:
-    cells = [cell_of(name) for name in ("one", "two", "three")]
+    cells = [cell_of(name) for name in ("one", "two", "three", "four", "five")]
     heuristics = {cell.task.name: heuristics_of(cell.task) for cell in cells}
     lines = [line("one", 0.2, 0.9), line("two", 0.5, 0.5, collapsed=True), line("three", 0.4, 0.5)]
+    lines += [line("four", 0.1, 0.2), line("five", 0.1, 0.3)]
     lines.append(Line("tiny", "three", "slow", "failed", "accuracy", error="diverged"))
     rows = list(csv.DictReader(io.StringIO(table.as_csv(lines, heuristics))))
     assert set(rows[0]) == {*COLUMNS, *HEURISTICS}
-    assert [row["adapter_score"] for row in rows] == ["0.9", "0.5", "0.5", ""]
+    assert [row["adapter_score"] for row in rows] == ["0.9", "0.5", "0.5", "0.2", "0.3", ""]
     found = table.as_json("trial", lines, heuristics)
     json.dumps(found, allow_nan=False)
     assert found["failed"] == {"tiny/three/slow": "diverged"}
     write_plot("trial", lines, tmp_path / "table.svg")
     write_correlations(found["correlations"], tmp_path / "correlations.svg")
     # One tick per scored run; text is drawn as shapes, so its ids tell the ticks.
-    assert (tmp_path / "table.svg").read_text().count('id="ytick_') == 3
+    assert (tmp_path / "table.svg").read_text().count('id="ytick_') == 5
     assert (tmp_path / "correlations.svg").read_text().count('id="ytick_') >= len(HEURISTICS)
-    assert "diverged" in table.remark(lines[3])
+    assert "diverged" in table.remark(lines[-1])
