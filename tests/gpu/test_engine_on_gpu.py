@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from services.inference.adapters.entry import AdapterState
+from services.inference.engine.graphs import row_sizes
 from tests.support.engines import (
     FolderFetcher,
     Reference,
@@ -51,13 +52,33 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("kernels", "decode_graphs"),
+    [("torch", "off"), ("torch", "eager"), ("triton", "off"), ("triton", "eager"), ("triton", "auto")],
+)
 def test_a_mixed_batch_equals_each_request_alone(
-    quantization: str, base: Path, adapters: dict[str, Path], tmp_path: Path
+    quantization: str,
+    kernels: str,
+    decode_graphs: str,
+    base: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
+    if kernels == "triton":
+        pytest.importorskip("triton")
     reference = Reference(base, adapters, nf4=quantization == "nf4", device="cuda")
     engine = make_engine(
-        base, tmp_path / "cache", FolderFetcher(adapters), quantization=quantization, device="cuda"
+        base,
+        tmp_path / "cache",
+        FolderFetcher(adapters),
+        quantization=quantization,
+        device="cuda",
+        kernels=kernels,
+        decode_graphs=decode_graphs,
     )
+    graphs = engine._runner._graphs
+    assert (graphs is None) == (decode_graphs == "off")
+    assert graphs is None or len(graphs) == 2 * len(row_sizes(32))
     draw = random.Random(5)
     choices: list[str | None] = [*adapters, None]
     work = [
@@ -88,4 +109,77 @@ def test_an_evicted_adapter_frees_its_device_memory(
     engine.add(request("base", [9, 9, 9], max_tokens=2))
     run_all(engine)
     assert torch.cuda.memory_allocated() <= before
+    engine.adapters.close()
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_bfloat16_stays_as_near_to_float32_as_transformers_does(
+    quantization: str, base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """Greedy choices of tiny random models flip with the order of sums, so log-probabilities are compared:
+    those that the engine gives to a prompt, beside those of transformers and PEFT in float32.
+    """
+    reference = Reference(base, adapters, nf4=quantization == "nf4", device="cuda")
+    engine = make_engine(
+        base,
+        tmp_path / "cache",
+        FolderFetcher(adapters),
+        quantization=quantization,
+        device="cuda",
+        compute_dtype="bfloat16",
+    )
+    draw = random.Random(7)
+    prompts = [[draw.randrange(6, VOCAB_SIZE) for _ in range(40)] for _ in range(5)]
+    for number, (prompt, adapter) in enumerate(zip(prompts, [*adapters, None], strict=True)):
+        engine.add(request(str(number), prompt, adapter, max_tokens=1, prompt_logprobs=0))
+    events = run_all(engine)
+    for number, (prompt, adapter) in enumerate(zip(prompts, [*adapters, None], strict=True)):
+        logprobs = torch.log_softmax(reference.logits(prompt, adapter).float(), dim=-1).cpu()
+        wanted = [float(logprobs[at, token]) for at, token in enumerate(prompt[1:])]
+        (found,) = [event.prompt_logprobs for event in events[str(number)] if event.prompt_logprobs]
+        errors = [abs(item.logprob - value) for item, value in zip(found, wanted, strict=True)]
+        assert sum(errors) / len(errors) < 0.25, (number, adapter)
+    engine.adapters.close()
+
+
+def test_replayed_steps_are_those_of_the_kernels_one_by_one(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """Adapters come and go between replays, and sequences end at unlike times."""
+    pytest.importorskip("triton")
+    answers: dict[str, dict[str, list[int]]] = {}
+    for mode in ("eager", "auto"):
+        engine = make_engine(
+            base,
+            tmp_path / mode,
+            FolderFetcher(adapters),
+            device="cuda",
+            kernels="triton",
+            decode_graphs=mode,
+        )
+        answers[mode] = {}
+        for turn in range(3):
+            choices: list[str | None] = [*list(adapters)[turn:], None]
+            for number in range(7):
+                name = f"{turn}.{number}"
+                prompt = [6 + (5 * number + 3 * at + turn) % 250 for at in range(2 + 6 * number)]
+                adapter = choices[number % len(choices)]
+                engine.add(request(name, prompt, adapter, max_tokens=4 + 5 * number, ignore_eos=True))
+            answers[mode] |= {name: tokens_of(events) for name, events in run_all(engine).items()}
+            for name in list(adapters)[: turn + 1]:
+                engine.adapters.evict(digest_of(name))
+        engine.adapters.close()
+    assert answers["auto"] == answers["eager"]
+
+
+def test_captured_steps_take_no_more_memory_than_they_may(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    engine = make_engine(
+        base, tmp_path, FolderFetcher({}), device="cuda", kernels="triton", decode_graph_bytes=1
+    )
+    graphs = engine._runner._graphs
+    assert graphs is not None
+    assert len(graphs) == 0
+    engine.add(request("r", [9, 9, 9], max_tokens=3, ignore_eos=True))
+    assert len(tokens_of(run_all(engine)["r"])) == 3
     engine.adapters.close()

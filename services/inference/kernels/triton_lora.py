@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from weakref import ReferenceType, ref
 
 import torch
 import triton  # type: ignore[import-not-found,unused-ignore]
@@ -104,13 +105,18 @@ def _expand(
         tl.store(y + row * width + at, total.to(y.dtype.element_ty), mask=inside)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Table:
-    """One adapter's updates [modules, 5] on the host, and what their addresses point to."""
+    """One adapter's updates [modules, 5] on the host. It keeps the adapter no longer than others do, so that
+    one that is evicted frees its memory at once.
+
+    Attributes:
+        copies: tensors that had to be copied, to which the updates point.
+    """
 
     updates: Tensor
-    max_rank: int
-    kept: tuple[object, ...]
+    weights: ReferenceType[AdapterWeights]
+    copies: tuple[Tensor, ...]
 
 
 class TritonLora:
@@ -140,13 +146,14 @@ class TritonLora:
         for item in rows:
             key = id(item.weights)
             if key not in in_use:
-                # A table keeps its weights alive, so while it is here the id is theirs.
-                in_use[key] = self._in_use.get(key) or self._table(item.weights)
+                made = self._in_use.get(key)
+                is_theirs = made is not None and made.weights() is item.weights
+                in_use[key] = made if made is not None and is_theirs else self._table(item.weights)
             row_tables[item.start : item.end] = list(in_use).index(key) * len(self._modules)
         self._num_rows = num_rows
-        self._max_rank = max((table.max_rank for table in in_use.values()), default=0)
+        self._max_rank = max((item.weights.max_rank for item in rows), default=0)
         self.has_adapters = bool(rows)
-        if list(in_use) != list(self._in_use) and rows:
+        if rows and list(in_use.values()) != list(self._in_use.values()):
             updates = torch.stack([table.updates for table in in_use.values()])
             self._tables[: len(in_use)].copy_(updates, non_blocking=True)
         if rows:
@@ -187,13 +194,18 @@ class TritonLora:
 
     def _table(self, weights: AdapterWeights) -> _Table:
         updates = torch.zeros(len(self._modules), _FIELDS, dtype=torch.int64)
-        kept: list[object] = [weights]
+        copies: list[Tensor] = []
         for name, pair in weights.pairs.items():
-            a, b = _aligned(pair.a), _aligned(pair.b.T)
-            kept += [a, b]
-            vectors = [0 if vector is None else vector.data_ptr() for vector in (pair.gain, pair.shift)]
-            updates[self._modules[name]] = torch.tensor([a.data_ptr(), b.data_ptr(), *vectors, pair.rank])
-        return _Table(updates, weights.max_rank, tuple(kept))
+            addresses = []
+            # Adapters are read with B stored the way the kernels want it, so neither is copied as a rule.
+            for given in (pair.a, pair.b.T):
+                used = _aligned(given)
+                if used.data_ptr() != given.data_ptr():
+                    copies.append(used)
+                addresses.append(used.data_ptr())
+            addresses += [0 if vector is None else vector.data_ptr() for vector in (pair.gain, pair.shift)]
+            updates[self._modules[name]] = torch.tensor([*addresses, pair.rank])
+        return _Table(updates, ref(weights), tuple(copies))
 
 
 def _aligned(tensor: Tensor) -> Tensor:

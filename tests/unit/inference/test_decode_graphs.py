@@ -23,11 +23,11 @@ from tests.support.models import ALL_LINEAR_TARGETS, make_peft_adapter, make_tin
 RANKS = (4, 7, 16)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operation with the very tensors it took and made."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -48,7 +50,8 @@ def test_mixed_ranks_and_base_rows_agree_with_the_twin(seed: int) -> None:
     outs = {"q": draw.choice((8, 130, 192)), "k": 40}
     lora = TritonLora({"q": 0, "k": 1, "v": 2}, CPU, max_rows=40, max_adapters=6)
     for _ in range(3):
-        rows, by_row = [], []
+        rows: list[AdapterRows] = []
+        by_row: list[AdapterWeights | None] = []
         for rank in draw.sample((1, 4, 5, 16, 17, 64), 4):
             # Rows of the base may come anywhere; one adapter may leave a layer alone.
             names = dict(outs) if draw.random() < 0.8 else {"q": outs["q"]}
@@ -125,3 +128,16 @@ def test_weights_at_an_odd_address_are_moved() -> None:
     add_lora_reference(wanted, x, [weights], "q")
     lora.adapt("q", x, got)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_nobody_else_holds_is_freed_at_once() -> None:
+    from services.inference.kernels.triton_lora import TritonLora
+
+    lora = TritonLora({"q": 0}, CPU, max_rows=1, max_adapters=1)
+    weights = make_adapter(4, 16, {"q": 8}, torch.float32)
+    gone = weakref.ref(weights)
+    lora.begin([AdapterRows(0, 1, weights)], 1)
+    lora.end()
+    del weights
+    gc.collect()
+    assert gone() is None
