@@ -3,8 +3,8 @@
 A 120M-parameter Llama with random weights in float32, 16 requests of 64 + 64 tokens, rank 16 on all seven
 linear layers. Our engine, transformers with PEFT's `adapter_names`, and vLLM's CPU build take turns on the
 same prompts, new ones in each round; each is alone at its turn. vLLM gets a virtual environment of its own
-under `--cache`, made at the first run; the other packages are ours. Medians are reported; the last line is
-JSON.
+under `--cache`, made at the first run; the other packages are ours. The models are kept there too, because
+vLLM compiles for some minutes at its first start on a path. Medians are reported; the last line is JSON.
 
     python -m bench.peers
 """
