@@ -104,6 +104,10 @@ class Reader:
             for block in blocks(document):
                 if block.language in {"sh", "python"}:
                     printed[block.text] = self.read(block)
+        self._run(["lorafleet", "up", "--timeout", "600"], Block("", "sh", ""))
+        jobs = json.loads(self._run(["lorafleet", "jobs", "--json"], Block("", "sh", "")))["data"]
+        assert jobs
+        assert {job["status"] for job in jobs} == {"succeeded"}
         return printed
 
 
