@@ -177,8 +177,8 @@ class TrainerServiceServicer:
     def PublishCheckpoint(self, request, context):
         """Publishes a checkpoint that is still kept as a version of an adapter. The same checkpoint and adapter give the same version.
         As at the end of a job, it is evaluated on the held-out rows, and published only where serving agrees with training.
-        Errors: job_not_found, checkpoint_not_found (NOT_FOUND); checkpoint_discarded, parity_failed (FAILED_PRECONDITION);
-        bad_name (INVALID_ARGUMENT); dataset_changed, corrupt_checkpoint (DATA_LOSS).
+        Errors: job_not_found, checkpoint_not_found, file_not_found (NOT_FOUND); checkpoint_discarded, parity_failed
+        (FAILED_PRECONDITION); bad_name (INVALID_ARGUMENT); dataset_changed, corrupt_checkpoint (DATA_LOSS).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

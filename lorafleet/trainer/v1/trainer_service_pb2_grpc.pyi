@@ -69,8 +69,8 @@ class TrainerServiceStub:
     PublishCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.PublishCheckpointRequest, _job_pb2.Checkpoint]
     """Publishes a checkpoint that is still kept as a version of an adapter. The same checkpoint and adapter give the same version.
     As at the end of a job, it is evaluated on the held-out rows, and published only where serving agrees with training.
-    Errors: job_not_found, checkpoint_not_found (NOT_FOUND); checkpoint_discarded, parity_failed (FAILED_PRECONDITION);
-    bad_name (INVALID_ARGUMENT); dataset_changed, corrupt_checkpoint (DATA_LOSS).
+    Errors: job_not_found, checkpoint_not_found, file_not_found (NOT_FOUND); checkpoint_discarded, parity_failed
+    (FAILED_PRECONDITION); bad_name (INVALID_ARGUMENT); dataset_changed, corrupt_checkpoint (DATA_LOSS).
     """
     ValidateDataset: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ValidateDatasetRequest, _job_pb2.DatasetReport]
     """Checks a dataset without creating a job. Bad lines are named in the error (invalid_dataset), 20 at most."""
@@ -117,8 +117,8 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     PublishCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.PublishCheckpointRequest, _job_pb2.Checkpoint]  # type: ignore[assignment]
     """Publishes a checkpoint that is still kept as a version of an adapter. The same checkpoint and adapter give the same version.
     As at the end of a job, it is evaluated on the held-out rows, and published only where serving agrees with training.
-    Errors: job_not_found, checkpoint_not_found (NOT_FOUND); checkpoint_discarded, parity_failed (FAILED_PRECONDITION);
-    bad_name (INVALID_ARGUMENT); dataset_changed, corrupt_checkpoint (DATA_LOSS).
+    Errors: job_not_found, checkpoint_not_found, file_not_found (NOT_FOUND); checkpoint_discarded, parity_failed
+    (FAILED_PRECONDITION); bad_name (INVALID_ARGUMENT); dataset_changed, corrupt_checkpoint (DATA_LOSS).
     """
     ValidateDataset: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ValidateDatasetRequest, _job_pb2.DatasetReport]  # type: ignore[assignment]
     """Checks a dataset without creating a job. Bad lines are named in the error (invalid_dataset), 20 at most."""
@@ -222,8 +222,8 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_job_pb2.Checkpoint, _abc.Awaitable[_job_pb2.Checkpoint]]:
         """Publishes a checkpoint that is still kept as a version of an adapter. The same checkpoint and adapter give the same version.
         As at the end of a job, it is evaluated on the held-out rows, and published only where serving agrees with training.
-        Errors: job_not_found, checkpoint_not_found (NOT_FOUND); checkpoint_discarded, parity_failed (FAILED_PRECONDITION);
-        bad_name (INVALID_ARGUMENT); dataset_changed, corrupt_checkpoint (DATA_LOSS).
+        Errors: job_not_found, checkpoint_not_found, file_not_found (NOT_FOUND); checkpoint_discarded, parity_failed
+        (FAILED_PRECONDITION); bad_name (INVALID_ARGUMENT); dataset_changed, corrupt_checkpoint (DATA_LOSS).
         """
 
     @_abc_1.abstractmethod
