@@ -15,7 +15,8 @@ import pytest
 
 from lorafleet.inference.v1.inference_service_pb2 import ResidentAdapter, Tier
 from lorafleet.trainer.v1.job_pb2 import Checkpoint, Progress
-from tests.support.fake_services import BASE, BASE_CREATED
+from services.common.errors import Unimplemented
+from tests.support.fake_services import BASE, BASE_CREATED, Script
 from tests.support.gateway import GatewayUnderTest, running_gateway, sse_objects, wait_until
 
 ROWS = b'{"prompt": "a\\n", "completion": "b"}\n' * 100
@@ -277,14 +278,23 @@ def test_bad_jobs(http: httpx.Client, change: dict[str, Any], expected: tuple[in
     assert error_of(http.post("/v1/fine_tuning/jobs", json=body)) == expected
 
 
-def test_cancelling_and_what_the_trainer_does_not_offer(http: httpx.Client) -> None:
+def test_what_a_service_does_not_offer_is_not_asked_for_again(
+    gateway: GatewayUnderTest, http: httpx.Client
+) -> None:
+    gateway.inference.scripts["hi"] = Script(refuse=Unimplemented("not_implemented", "not here"))
+    answer = http.post("/v1/completions", json={"model": BASE, "prompt": "hi"})
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (501, "false")
+
+
+def test_pausing_resuming_and_cancelling(http: httpx.Client) -> None:
     made = new_job(http)
+    path = f"/v1/fine_tuning/jobs/{made['id']}"
+    assert http.post(f"{path}/pause").json()["status"] == "paused"
+    assert http.post(f"{path}/resume").json()["status"] == "queued"
+    assert error_of(http.post(f"{path}/resume"))[:2] == (400, "not_paused")
     cancelled = http.post(f"/v1/fine_tuning/jobs/{made['id']}/cancel").json()
     assert cancelled["status"] == "cancelled"
     assert cancelled["finished_at"] >= cancelled["created_at"]
-    pause = http.post(f"/v1/fine_tuning/jobs/{made['id']}/pause")
-    assert pause.status_code == 501
-    assert pause.headers["x-should-retry"] == "false"
     assert error_of(http.get("/v1/fine_tuning/jobs/ftjob-none"))[:2] == (404, "job_not_found")
     assert error_of(http.get("/v1/fine_tuning/jobs/ftjob-none/events?stream=true"))[:2] == (
         404,
