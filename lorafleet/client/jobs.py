@@ -141,7 +141,8 @@ class AsyncJobs:
         The same checkpoint and adapter give the same version: a call that ran out of time may be made again.
 
         Raises:
-            FailedPrecondition: `checkpoint_discarded`; the last two checkpoints of a job are kept.
+            FailedPrecondition: `checkpoint_discarded`; the last two checkpoints of a job are kept. Or
+                `parity_failed`, where what is served is not what was trained.
         """
         request = trainer_service_pb2.PublishCheckpointRequest(
             job_id=job_id, checkpoint_id=checkpoint_id, adapter=adapter

@@ -18,6 +18,7 @@ from services.trainer.training.checkpoint import RunState
 from services.trainer.training.initialise import new_adapter
 from services.trainer.training.loop import TrainingRun
 from services.trainer.training.model import AdapterModel
+from services.trainer.training.together import shared_pass
 
 SEED = 11
 PAD_ID = 1
@@ -129,3 +130,11 @@ def relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
         float(torch.linalg.norm(one[name] - other[name]) / torch.linalg.norm(one[name]).clamp_min(1e-12))
         for name in one
     )
+
+
+def train_alone(run: TrainingRun) -> None:
+    """Take one run to its end; whatever ends it early is raised."""
+    while not run.is_done:
+        error = shared_pass(run.model.base, [run]).get(run)
+        if error is not None:
+            raise error

@@ -17,14 +17,6 @@ from services.trainer.training.loop import TrainingRun
 from services.trainer.training.loss import token_losses
 
 
-def train_alone(run: TrainingRun) -> None:
-    """Take one run to its end; whatever ends it early is raised."""
-    while not run.is_done:
-        error = shared_pass(run.model.base, [run]).get(run)
-        if error is not None:
-            raise error
-
-
 def shared_pass(base: SharedBase, runs: Sequence[TrainingRun]) -> dict[TrainingRun, Exception]:
     """Do the next forward and backward pass of every run; a run whose step that completes takes it.
 

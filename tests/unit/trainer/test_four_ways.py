@@ -25,10 +25,9 @@ from services.common.fingerprint import ComputeDtype, Quantization
 from services.trainer.dataset import PromptRow
 from services.trainer.tokens import TokenRow
 from services.trainer.training.base import BaseFolder
-from services.trainer.training.together import train_alone
 from services.trainer.training.weights import base_weight
 from tests.support.models import load_peft_adapters
-from tests.support.training import Observer, load_shared, new_run, tiny_spec
+from tests.support.training import Observer, load_shared, new_run, tiny_spec, train_alone
 
 BASE = Path(__file__).parents[3] / "assets" / "base"
 NF4 = Quantization.nf4(ComputeDtype.FLOAT32)

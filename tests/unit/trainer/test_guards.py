@@ -21,7 +21,6 @@ from services.trainer.training.collapse import is_collapsed
 from services.trainer.training.evaluate import evaluate
 from services.trainer.training.guards import check_growth
 from services.trainer.training.loss import token_losses
-from services.trainer.training.together import train_alone
 from services.trainer.training.validation import measure
 from tests.support.training import (
     Observer,
@@ -30,6 +29,7 @@ from tests.support.training import (
     new_run,
     task_rows,
     tiny_spec,
+    train_alone,
     weights_of,
 )
 

@@ -23,10 +23,9 @@ from services.trainer.training.directions import distribute
 from services.trainer.training.export import export, relative_error
 from services.trainer.training.forms import Pair
 from services.trainer.training.initialise import new_adapter
-from services.trainer.training.together import train_alone
 from services.trainer.training.weights import base_weight
 from tests.support.models import load_peft_adapters, wrap_with_peft
-from tests.support.training import SEED, Observer, load_shared, new_run, task_rows, tiny_spec
+from tests.support.training import SEED, Observer, load_shared, new_run, task_rows, tiny_spec, train_alone
 
 OFFERED = [method.name for method in METHODS.values() if method.offered]
 CPU = torch.device("cpu")

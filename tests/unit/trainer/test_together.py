@@ -13,7 +13,7 @@ from services.common.errors import FailedPrecondition
 from services.trainer.spec import Schedule
 from services.trainer.training.base import BaseFolder, SharedBase
 from services.trainer.training.loop import TrainingRun
-from services.trainer.training.together import shared_pass, train_alone
+from services.trainer.training.together import shared_pass
 from tests.support.training import (
     Observer,
     StopRun,
@@ -23,6 +23,7 @@ from tests.support.training import (
     relative_difference,
     task_rows,
     tiny_spec,
+    train_alone,
     weights_of,
 )
 

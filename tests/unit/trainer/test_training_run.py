@@ -21,7 +21,6 @@ from services.trainer.training import together
 from services.trainer.training.base import BaseFolder, SharedBase
 from services.trainer.training.batches import flatten
 from services.trainer.training.loss import token_losses
-from services.trainer.training.together import train_alone
 from services.trainer.training.validation import measure
 from tests.support.models import wrap_with_peft
 from tests.support.training import (
@@ -33,6 +32,7 @@ from tests.support.training import (
     relative_difference,
     task_rows,
     tiny_spec,
+    train_alone,
     weights_of,
 )
 
