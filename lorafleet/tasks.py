@@ -95,14 +95,12 @@ def generated_tasks(folder: Path, *, max_train_rows: int, test_rows: int, seed: 
     """Generate the bundled tasks in `folder` and load them.
 
     Raises:
-        TaskError: this installation is no clone, so the generator is missing.
+        TaskError: the generator is not installed, as in a container's image, or failed.
     """
     root = Path(lorafleet.__file__).parents[1]
     if not (root / "assets" / "demo_tasks.py").is_file():
-        raise TaskError(
-            "the generated tasks come with a clone of the repository; name others with --data DIR"
-        )
-    command = [sys.executable, "-m", "assets.demo_tasks", "--out", str(folder), "--seed", str(seed)]
+        raise TaskError("this installation has no task generator; name tasks with --data DIR")
+    command = [sys.executable, "-m", "assets.demo_tasks", "--out", str(folder.resolve()), "--seed", str(seed)]
     made = subprocess.run(
         command, cwd=root, capture_output=True, text=True, timeout=_GENERATE_SECONDS, check=False
     )

@@ -89,8 +89,10 @@ def test_unusable_tasks_are_named(
         load_tasks(tmp_path, [name], max_train_rows=3, test_rows=3)
 
 
-def test_the_generated_tasks_load(tmp_path: Path) -> None:
-    tasks = generated_tasks(tmp_path, max_train_rows=1000, test_rows=50)
+def test_the_generated_tasks_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tasks = generated_tasks(Path("tasks"), max_train_rows=1000, test_rows=50)
+    assert len(list((tmp_path / "tasks").iterdir())) == len(tasks)
     assert len({task.adapter for task in tasks}) == 6
     for task in tasks:
         assert len(task.test) == 50
