@@ -10,6 +10,7 @@ from starlette.requests import Request
 from services.common.call_context import call_scope
 from services.common.errors import PermissionDenied
 from services.gateway.keys import Principal, Scope
+from services.gateway.query import check_query
 from services.gateway.revocation import key_check
 from services.gateway.state import gateway_of
 
@@ -24,6 +25,7 @@ def requires(scope: Scope | None = None) -> Callable[[Request], AsyncIterator[No
     Raises:
         Unauthenticated: `invalid_api_key`.
         PermissionDenied: `permission_denied`.
+        InvalidArgument: `unsupported_parameter`, for a query parameter that the route does not take.
     """
 
     async def admit(request: Request) -> AsyncIterator[None]:
@@ -35,6 +37,7 @@ def requires(scope: Scope | None = None) -> Callable[[Request], AsyncIterator[No
         request.state.key_check = key_check(keys, key)
         if scope is not None and scope not in principal.scopes:
             raise PermissionDenied("permission_denied", f"this API key may not be used for {scope.value}")
+        check_query(request)
         with call_scope(tenant=principal.tenant):
             yield
 

@@ -41,6 +41,7 @@ MAX_LIMIT = 1000
 _METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
+Pairs = Annotated[str | None, Query(description="One `metadata[key]=value` for each key; never whole.")]
 
 
 class CheckpointPublication(Body):
@@ -65,9 +66,11 @@ async def create_job(
 
 
 @router.get("")
-async def list_jobs(request: Request, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
+async def list_jobs(
+    request: Request, limit: Limit = 20, after: str | None = None, metadata: Pairs = None
+) -> dict[str, Any]:
     """List the tenant's jobs, newest first; `metadata[key]=value` keeps those that have the pair."""
-    ask = ListJobsRequest(page_size=page_size(after, limit), metadata=_metadata_filter(request))
+    ask = ListJobsRequest(page_size=page_size(after, limit), metadata=_metadata_filter(request, metadata))
     jobs = all_items(gateway_of(request).upstream.trainer.ListJobs, ask, lambda answer: answer.jobs)
     page = await page_after(jobs, lambda job: job.id, after=after, limit=limit)
     return page.object(lambda job: job_object(job, request.state.tenant))
@@ -158,8 +161,8 @@ async def _event_objects(events: AsyncIterator[JobEvent]) -> AsyncGenerator[dict
         yield event_object(event)
 
 
-def _metadata_filter(request: Request) -> dict[str, str]:
-    if "metadata" in request.query_params:
+def _metadata_filter(request: Request, whole: str | None) -> dict[str, str]:
+    if whole is not None:
         raise InvalidArgument(
             "unsupported_parameter", "filter by metadata[key]=value; null is not supported", field="metadata"
         )

@@ -72,6 +72,25 @@ def test_unknown_routes_and_methods(gateway: GatewayUnderTest) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("/v1/models?limit=1", "limit"),
+        ("/v1/files?purposes=fine-tune", "purposes"),
+        ("/v1/files?metadata[a]=b", "metadata[a]"),
+        ("/v1/fine_tuning/jobs?limit=3&limits=3", "limits"),
+        ("/v1/fine_tuning/jobs?limit[a]=3", "limit[a]"),
+    ],
+)
+def test_query_parameters_that_are_not_known_are_refused_by_name(
+    gateway: GatewayUnderTest, path: str, named: str
+) -> None:
+    with gateway.http() as http:
+        response = http.get(path)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "unsupported_parameter", named)
+
+
+@pytest.mark.parametrize(
     ("given", "is_kept"),
     [("my-id_1.2", True), ("x" * 64, True), ("x" * 65, False), ("a b", False), ("", False)],
 )
