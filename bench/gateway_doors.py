@@ -79,8 +79,16 @@ class Door(Protocol):
 
 
 @contextmanager
-def open_doors(*, step_seconds: float, places: int = 256, queue: int = 256) -> Iterator[Addresses]:
-    """Run everything until the end; arguments as those of `tests.support.paced_inference`."""
+def open_doors(
+    *, step_seconds: float, places: int = 256, queue: int = 256, limits: str = "valkey"
+) -> Iterator[Addresses]:
+    """Run everything until the end.
+
+    Args:
+        step_seconds: as `tests.support.paced_inference`, like `places` and `queue`.
+        limits: where the key's limits are kept, `valkey` or `process`: a Valkey server that has to wait for a
+            processor makes every request wait, and says nothing about the gateway.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="lorafleet-gateway-") as scratch,
         EmbeddedValkey.start(Path(scratch) / "valkey") as valkey,
@@ -91,10 +99,11 @@ def open_doors(*, step_seconds: float, places: int = 256, queue: int = 256) -> I
         _, key = keys.make("default", tuple(Scope), limits=LIMITS)
         settings = {
             "STORE_URL": f"file://{store}",
-            "REDIS_URL": valkey.url,
             "KEY_PEPPER": PEPPER,
             "INFERENCE_TARGET": inference,
         }
+        if limits == "valkey":
+            settings["REDIS_URL"] = valkey.url
         with service_process("gateway", Path(scratch), settings) as gateway:
             yield Addresses(inference, gateway, key)
 

@@ -45,13 +45,15 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--step-ms", type=float, default=50.0, help="between the tokens of a stream")
     parser.add_argument("--stream-tokens", type=int, default=100)
+    parser.add_argument("--limits", choices=("valkey", "process"), default="valkey")
     options = parser.parse_args()
     # The load's own pauses would be counted as the gateway's.
     gc.disable()
     result = {"bench": "gateway_latency", **vars(options)}
-    with open_doors(step_seconds=0.0) as addresses:
+    with open_doors(step_seconds=0.0, limits=options.limits) as addresses:
         result["added"] = asyncio.run(steady(addresses, options))
-    with open_doors(step_seconds=options.step_ms / 1e3, places=2 * options.streams) as addresses:
+    step_seconds, places = options.step_ms / 1e3, 2 * options.streams
+    with open_doors(step_seconds=step_seconds, places=places, limits=options.limits) as addresses:
         result["streams_at_once"] = asyncio.run(many_streams(addresses, options))
     # The direct door's own figures say what the machine was worth meanwhile.
     result["load_average"] = os.getloadavg()[0]

@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--factor", type=float, default=5.0, help="how many times the peak is asked for")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15.0, help="of a turn")
+    parser.add_argument("--limits", choices=("valkey", "process"), default="valkey")
     options = parser.parse_args()
     # The load's own pauses would be counted as the gateway's.
     gc.disable()
@@ -88,8 +89,13 @@ def main() -> None:
 async def run(options: argparse.Namespace) -> dict[str, Turns]:
     """Let each door have its turns, the gateway's and the direct ones in the same run."""
     turns: dict[str, Turns] = {}
-    settings = {"step_seconds": options.step_ms / 1e3, "places": options.places, "queue": options.queue}
-    with open_doors(**settings) as addresses:
+    doors_open = open_doors(
+        step_seconds=options.step_ms / 1e3,
+        places=options.places,
+        queue=options.queue,
+        limits=options.limits,
+    )
+    with doors_open as addresses:
         async with both_doors(addresses) as doors:
             for number in range(options.rounds):
                 for door in doors:
