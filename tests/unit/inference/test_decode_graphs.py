@@ -142,7 +142,9 @@ def test_padded_steps_choose_the_same_tokens(
     plain = serve(engines[0], names)
     assert not replayed
     assert_same(serve(engines[1], names), plain)
-    assert {(11, 16), (1, 1)} <= set(replayed)
+    # Adapters come when they have been loaded, so the sizes in between depend on that.
+    assert (1, 1) in replayed
+    assert all(rows == min(size for size in row_sizes(32) if size >= tokens) for tokens, rows in replayed)
 
 
 def test_padding_leaves_the_pages_of_sequences_alone(
@@ -187,17 +189,20 @@ def test_a_recorded_step_serves_later_batches(
     assert {rows for _, rows in replayed} == {6, 4, 2, 1}
 
 
+@pytest.mark.parametrize(("name", "is_replayed"), [("wide", False), ("head", False), ("a4", True)])
 def test_what_is_not_captured_runs_as_it_is(
-    base: Path, adapters: dict[str, Path], tmp_path: Path, replayed: list[tuple[int, int]]
+    name: str,
+    is_replayed: bool,
+    base: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    replayed: list[tuple[int, int]],
 ) -> None:
-    names = ["wide", "head", "a4"]
     plain = make_engine(base, tmp_path / "off", FolderFetcher(adapters))
     padded = make_engine(base, tmp_path / "on", FolderFetcher(adapters), decode_graphs="eager")
-    wanted = serve(plain, names)
-    got = serve(padded, names)
-    assert_same(got, wanted)
-    # "wide" decodes the longest; with it, or with "head", no step is replayed.
-    assert not replayed
+    wanted = serve(plain, [name, name])
+    assert_same(serve(padded, [name, name]), wanted)
+    assert bool(replayed) == is_replayed
 
 
 def test_results_outlive_the_next_replay(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
