@@ -28,7 +28,7 @@ from pathlib import Path
 
 from lorafleet.registry.v1 import adapter_pb2
 from lorafleet.trainer.v1 import job_pb2, trainer_service_pb2
-from services.common.errors import DeadlineExceeded, LorafleetError, Unavailable
+from services.common.errors import DeadlineExceeded, LorafleetError, NotFound, Unavailable
 from services.common.failpoints import VARIABLE
 from services.common.valkey import EmbeddedValkey
 from tests.support.models import make_tiny_llama
@@ -124,7 +124,7 @@ class _Rounds:
     async def run(self) -> Counts:
         started = time.monotonic()
         async with registry_host(self._place) as registry:
-            async with running_trainer(self._place, registry) as trainer:
+            async with running_trainer(self._place, registry, MAX_CRASHES="100") as trainer:
                 known = {job.adapter: job for job in await _jobs(trainer)}
                 undisturbed = known.get(UNDISTURBED) or await trainer.create(DATA, SPEC, adapter=UNDISTURBED)
                 await trainer.until(undisturbed.id, job_pb2.JOB_STATE_SUCCEEDED, seconds=1800)
@@ -134,7 +134,7 @@ class _Rounds:
             done = False
             while not done:
                 done = await self._round(registry)
-            async with running_trainer(self._place, registry) as trainer:
+            async with running_trainer(self._place, registry, MAX_CRASHES="100") as trainer:
                 counts = await self._audit(trainer, wanted)
         counts.seconds = time.monotonic() - started
         return counts
@@ -240,9 +240,11 @@ async def _jobs(trainer: Trainer) -> list[job_pb2.Job]:
 
 
 async def _versions(trainer: Trainer, adapter: str) -> list[adapter_pb2.AdapterVersion]:
-    response = await trainer.registry.call(
-        trainer.registry.adapters.ListVersions, adapter_pb2.ListVersionsRequest(adapter=adapter)
-    )
+    request = adapter_pb2.ListVersionsRequest(adapter=adapter)
+    try:
+        response = await trainer.registry.call(trainer.registry.adapters.ListVersions, request)
+    except NotFound:
+        return []
     return list(response.versions)
 
 
