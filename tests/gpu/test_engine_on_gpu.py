@@ -46,8 +46,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
     return {
-        name: make_peft_adapter(base, root / name, r=rank, targets=ALL_LINEAR_TARGETS, seed=rank)
-        for name, rank in (("a", 4), ("b", 8), ("c", 16), ("d", 16))
+        name: make_peft_adapter(base, root / name, r=rank, targets=ALL_LINEAR_TARGETS, seed=seed)
+        for seed, (name, rank) in enumerate((("a", 4), ("b", 8), ("c", 16), ("d", 16)))
     }
 
 
@@ -113,11 +113,11 @@ def test_an_evicted_adapter_frees_its_device_memory(
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_bfloat16_stays_as_near_to_float32_as_transformers_does(
+def test_bfloat16_is_near_float32_and_nearest_to_its_own_adapter(
     quantization: str, base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Greedy choices of tiny random models flip with the order of sums, so log-probabilities are compared:
-    those that the engine gives to a prompt, beside those of transformers and PEFT in float32.
+    """Greedy choices of tiny random models flip with roundings, so log-probabilities are compared: those that
+    the engine gives to a prompt, beside those of transformers and PEFT in float32, of every adapter.
     """
     reference = Reference(base, adapters, nf4=quantization == "nf4", device="cuda")
     engine = make_engine(
@@ -129,17 +129,23 @@ def test_bfloat16_stays_as_near_to_float32_as_transformers_does(
         compute_dtype="bfloat16",
     )
     draw = random.Random(7)
-    prompts = [[draw.randrange(6, VOCAB_SIZE) for _ in range(40)] for _ in range(5)]
-    for number, (prompt, adapter) in enumerate(zip(prompts, [*adapters, None], strict=True)):
-        engine.add(request(str(number), prompt, adapter, max_tokens=1, prompt_logprobs=0))
+    names: list[str | None] = [*adapters, None]
+    prompts = {name: [draw.randrange(6, VOCAB_SIZE) for _ in range(40)] for name in names}
+    for name, prompt in prompts.items():
+        engine.add(request(str(name), prompt, name, max_tokens=1, prompt_logprobs=0))
     events = run_all(engine)
-    for number, (prompt, adapter) in enumerate(zip(prompts, [*adapters, None], strict=True)):
-        logprobs = torch.log_softmax(reference.logits(prompt, adapter).float(), dim=-1).cpu()
-        wanted = [float(logprobs[at, token]) for at, token in enumerate(prompt[1:])]
-        (found,) = [event.prompt_logprobs for event in events[str(number)] if event.prompt_logprobs]
-        errors = [abs(item.logprob - value) for item, value in zip(found, wanted, strict=True)]
-        assert sum(errors) / len(errors) < 0.25, (number, adapter)
     engine.adapters.close()
+    for name, prompt in prompts.items():
+        (found,) = [event.prompt_logprobs for event in events[str(name)] if event.prompt_logprobs]
+        errors = {}
+        for other in names:
+            logprobs = torch.log_softmax(reference.logits(prompt, other).float(), dim=-1).cpu()
+            wanted = [float(logprobs[at, token]) for at, token in enumerate(prompt[1:])]
+            errors[other] = sum(
+                abs(item.logprob - value) for item, value in zip(found, wanted, strict=True)
+            ) / len(wanted)
+        assert min(errors, key=lambda other: errors[other]) == name
+        assert errors[name] < 0.6, errors
 
 
 def test_replayed_steps_are_those_of_the_kernels_one_by_one(
