@@ -142,8 +142,8 @@ def check_chat(place: Place, said: dict[str, Any], *, counts: dict[str, str]) ->
         assert usage[counts["prompt"]] == own.prompt_tokens > len(PROMPT)
         assert usage["total_tokens"] == own.prompt_tokens + own.completion_tokens
     vectors = place.ours.inference.embed(["one", "two words"])
-    for given, own in zip(said["embeddings"], vectors, strict=True):
-        assert given == pytest.approx(own, abs=1e-5)
+    for given, vector in zip(said["embeddings"], vectors, strict=True):
+        assert given == pytest.approx(vector, abs=1e-5)
     # It asked again when it was told to, and not before.
     assert 0.5 < said["waited_seconds"] < 60
 

@@ -21,7 +21,7 @@ from typing import Self
 from services.common.failpoints import VARIABLE
 from services.trainer import child, worker
 from services.trainer.__main__ import main
-from services.trainer.job import Job
+from services.trainer.job_run import JobRun
 
 # Where a job's process ends, and the most visits of the place before that.
 PLACES = {
@@ -51,13 +51,13 @@ class KilledJobProcess(child.JobProcess):
     rule = ""
 
     @classmethod
-    async def start(cls, jobs: Sequence[Job]) -> Self:
+    async def start(cls, runs: Sequence[JobRun]) -> Self:
         place, visits = cls._draw.choice(list(PLACES.items()))
         spared = cls._draw.randrange(SPARED) == 0 or "KILLS_LOG" not in os.environ
         rule = "" if spared else f"{place}=kill:{cls._draw.randint(1, visits)}"
         # Read by the child alone: this process has armed what it was started with.
         os.environ[VARIABLE] = rule
-        process = await super().start(jobs)
+        process = await super().start(runs)
         process.rule = rule
         return process
 
