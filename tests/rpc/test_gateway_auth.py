@@ -108,10 +108,10 @@ def test_row_91_the_access_log_holds_no_key_and_no_text(
     with caplog.at_level(logging.DEBUG), gateway.http() as http:
         body = {"model": BASE, "prompt": hostile, "user": hostile[:1000]}
         assert http.post("/v1/completions", json=body).status_code == 200
-        assert http.get("/v1/models/" + "m" * 5000, params={"token": "hidden"}).status_code == 404
+        assert http.get("/v1/models/" + "m" * 5000, params={"token": "hidden"}).status_code == 400
     lines = [record for record in caplog.records if record.name == "lorafleet.access"]
     requests = [record for record in lines if record.message == "request ended"]
-    assert [record.__dict__["status"] for record in requests] == [200, 404]
+    assert [record.__dict__["status"] for record in requests] == [200, 400]
     assert [record.__dict__["tenant"] for record in requests] == ["default", "default"]
     text = repr([record.__dict__ for record in lines])
     assert gateway.key not in text
