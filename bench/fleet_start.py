@@ -30,7 +30,7 @@ TARGET_SECONDS = 20.0
 IMPORTS = {
     "command line": "lorafleet.cli",
     "supervisor": "lorafleet.fleet.__main__",
-    "registry": "services.registry.__main__",
+    "registry": "services.registry.program",
     "inference": "services.inference.service",
     "trainer": "services.trainer.service",
     "gateway": "services.gateway.__main__",

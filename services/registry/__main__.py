@@ -11,37 +11,33 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
-import json
+import functools
 import sys
-from collections.abc import Awaitable, Callable
 
-from services.common import logs
 from services.common.config import load
-from services.common.errors import LorafleetError
-from services.common.server import EXIT_FAILED, EXIT_OK, serve
 from services.registry.config import RegistrySettings
-from services.registry.service import SERVICES, Registry
-
-Verb = Callable[[Registry], Awaitable[int]]
 
 
 def main(arguments: list[str]) -> int:
     """Run what the arguments ask for and return the exit code."""
     options = _parser().parse_args(arguments)
     settings = load(RegistrySettings)
+    # Imported here: bad settings need not wait for the service's libraries.
+    from services.registry import program
+
     match options.verb:
         case None:
-            return asyncio.run(_serve(settings))
+            return asyncio.run(program.serve_registry(settings))
         case "reindex":
-            return asyncio.run(_maintain(settings, _reindex))
+            return asyncio.run(program.maintain(settings, program.reindex))
         case "verify":
-            return asyncio.run(_maintain(settings, _verify))
+            return asyncio.run(program.maintain(settings, program.verify))
         case _:
             grace_seconds = (
                 settings.gc_grace_seconds if options.grace_seconds is None else options.grace_seconds
             )
-            return asyncio.run(_maintain(settings, lambda registry: _collect(registry, grace_seconds)))
+            collect = functools.partial(program.collect, grace_seconds=grace_seconds)
+            return asyncio.run(program.maintain(settings, collect))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,44 +54,6 @@ def _parser() -> argparse.ArgumentParser:
         "--grace-seconds", type=float, help="instead of the setting; 0 only where nothing is under lease"
     )
     return parser
-
-
-async def _serve(settings: RegistrySettings) -> int:
-    try:
-        registry = Registry(settings)
-    except LorafleetError as error:
-        sys.stderr.write(f"cannot start: {error}\n")
-        return EXIT_FAILED
-    return await serve("registry", settings, registry.register, services=SERVICES)
-
-
-async def _maintain(settings: RegistrySettings, verb: Verb) -> int:
-    logs.configure("registry", settings.log_level)
-    try:
-        registry = Registry(settings)
-        try:
-            return await verb(registry)
-        finally:
-            await registry.close()
-    except LorafleetError as error:
-        sys.stderr.write(f"failed: {error}\n")
-        return EXIT_FAILED
-
-
-async def _reindex(registry: Registry) -> int:
-    sys.stdout.write(f"{await registry.reindex()} records indexed\n")
-    return EXIT_OK
-
-
-async def _verify(registry: Registry) -> int:
-    found = await registry.verify()
-    sys.stdout.write(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
-    return EXIT_FAILED if found.damages else EXIT_OK
-
-
-async def _collect(registry: Registry, grace_seconds: float) -> int:
-    sys.stdout.write(json.dumps(dataclasses.asdict(await registry.collect(grace_seconds)), indent=2) + "\n")
-    return EXIT_OK
 
 
 if __name__ == "__main__":
