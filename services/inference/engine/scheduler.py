@@ -46,12 +46,15 @@ class _PromptRoom:
         self._taken = 0
 
     def left(self, sequence: Sequence) -> int:
-        """Return the tokens that `sequence` may run; one that decodes always may."""
+        """Return the tokens that `sequence` may run; one that decodes always may, and the policy is not asked
+        for it: most steps have no prompt, and the answer takes a look at everybody.
+        """
+        if sequence.phase is Phase.RUNNING and sequence.num_pending == 1:
+            return 1
         tenant = sequence.request.tenant
         if tenant not in self._most:
             self._most[tenant] = self._policy.prompt_tokens(tenant, self._running, self._step_tokens)
-        decodes = sequence.phase is Phase.RUNNING and sequence.num_pending == 1
-        return max(self._most[tenant] - self._taken, int(decodes), 0)
+        return max(self._most[tenant] - self._taken, 0)
 
     def take(self, length: int) -> None:
         """Note tokens of a prompt; single ones are as good as decoding."""

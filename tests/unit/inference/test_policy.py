@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence as Items
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -109,6 +111,28 @@ def fair(places: int = 4, ageing_seconds: float = 1e9, **limits: int) -> Bench:
 
 def first_come(places: int = 4, **limits: int) -> Bench:
     return Bench(FirstCome(), Clock(), places=places, **limits)
+
+
+def test_a_step_without_prompts_asks_for_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = fair(places=4)
+    for tenant in "abcd":
+        bench.add(tenant)
+    bench.step()
+    asked: list[str] = []
+    ask = FairShare.prompt_tokens
+
+    def asking(policy: FairShare, tenant: str, *others: Any) -> int:
+        asked.append(tenant)
+        return ask(policy, tenant, *others)
+
+    monkeypatch.setattr(FairShare, "prompt_tokens", asking)
+    before = [sequence.num_output for sequence in bench.scheduler.running]
+    bench.step()
+    assert len(before) == 4
+    assert asked == []
+    bench.add("e")
+    bench.run()
+    assert set(asked) == {"e"}
 
 
 def test_first_come_is_first_served() -> None:
