@@ -135,18 +135,9 @@ class Key(TypedDict):
 
 
 @closed
-class MadeKey(TypedDict):
+class MadeKey(Key):
     """A key that was just made; `key` is shown this once."""
 
-    id: str
-    object: Literal["key"]
-    name: str
-    tenant: str
-    scopes: list[str]
-    created_at: int
-    expires_at: int | None
-    requests_per_minute: int | None
-    tokens_per_minute: int | None
     key: str
 
 
