@@ -12,7 +12,8 @@ from openai import AsyncOpenAI, OpenAI
 from lorafleet.trainer.v1.job_pb2 import Checkpoint, Progress
 from services.common.errors import ResourceExhausted, Unavailable
 from services.gateway.keys import Scope
-from tests.support.fake_services import BASE, Script
+from tests.support.fake_base import BASE
+from tests.support.fake_inference import Script
 from tests.support.gateway import GatewayUnderTest, running_gateway
 
 ROWS = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 20

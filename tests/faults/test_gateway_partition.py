@@ -12,7 +12,7 @@ import pytest
 from services.common import transport
 from services.common.channels import open_channel
 from services.common.transport import KEEPALIVE, MIN_PING_INTERVAL_SECONDS, KeepAlive
-from tests.support.fake_services import BASE
+from tests.support.fake_base import BASE
 from tests.support.gateway import running_gateway
 from tests.support.tcp_proxy import tcp_proxy
 

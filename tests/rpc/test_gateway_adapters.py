@@ -12,7 +12,8 @@ import pytest
 from services.common.errors import Internal
 from services.gateway.keys import Scope
 from tests.support.adapter_files import config_bytes, lora_tensors, safetensors_bytes
-from tests.support.fake_services import BASE, Script
+from tests.support.fake_base import BASE
+from tests.support.fake_inference import Script
 from tests.support.gateway import GatewayUnderTest, create_base, running_gateway, wait_until
 from tests.support.registry import BASE_NAME, FINGERPRINT, Place, base_message
 

@@ -11,7 +11,7 @@ import pytest
 
 from services.common.store import DirectoryStore
 from services.gateway.keys import KeyRing, Scope
-from tests.support.fake_services import BASE
+from tests.support.fake_base import BASE
 from tests.support.gateway import PEPPER, GatewayUnderTest, running_gateway
 
 

@@ -31,7 +31,7 @@ from services.gateway.config import GatewaySettings
 from services.gateway.document.answers import ANSWERS
 from services.gateway.document.document import api_routes, document
 from tests.support.api_tour import Tour
-from tests.support.fake_services import BASE
+from tests.support.fake_base import BASE
 from tests.support.gateway import PEPPER, GatewayUnderTest, create_base, running_gateway
 from tests.support.registry import FINGERPRINT, Place, base_message
 

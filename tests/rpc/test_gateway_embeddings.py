@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from openai import NotFoundError, OpenAI
 
-from tests.support.fake_services import BASE
+from tests.support.fake_base import BASE
 from tests.support.gateway import GatewayUnderTest, running_gateway
 
 

@@ -29,7 +29,7 @@ from services.gateway.config import GatewaySettings
 from services.gateway.document.document import dependencies_of
 from services.gateway.keys import Scope
 from tests.support.api_tour import FOLDER
-from tests.support.fake_services import BASE
+from tests.support.fake_base import BASE
 from tests.support.gateway import PEPPER, GatewayUnderTest, create_base, running_gateway
 from tests.support.registry import FINGERPRINT, Place, base_message
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from services.common.errors import DeadlineExceeded, InvalidArgument, LorafleetError
-from tests.support.fake_services import BASE, Script
+from tests.support.fake_base import BASE
+from tests.support.fake_inference import Script
 from tests.support.gateway import GatewayUnderTest, running_gateway
 
 CHAT = "/v1/chat/completions"

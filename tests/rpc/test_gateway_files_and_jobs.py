@@ -16,7 +16,8 @@ import pytest
 from lorafleet.inference.v1.inference_service_pb2 import ResidentAdapter, Tier
 from lorafleet.trainer.v1.job_pb2 import Checkpoint, Progress
 from services.common.errors import Unimplemented
-from tests.support.fake_services import BASE, BASE_CREATED, Script
+from tests.support.fake_base import BASE, BASE_CREATED
+from tests.support.fake_inference import Script
 from tests.support.gateway import GatewayUnderTest, running_gateway, sse_objects, wait_until
 
 ROWS = b'{"prompt": "a\\n", "completion": "b"}\n' * 100

@@ -12,7 +12,8 @@ import pytest
 
 from lorafleet.inference.v1.generation_pb2 import FinishReason
 from services.common.errors import Internal, ResourceExhausted, Unavailable
-from tests.support.fake_services import BASE, Script
+from tests.support.fake_base import BASE
+from tests.support.fake_inference import Script
 from tests.support.gateway import GatewayUnderTest, running_gateway, sse_objects, wait_until
 
 CHAT = "/v1/chat/completions"

@@ -20,7 +20,8 @@ from services.common.store import DirectoryStore
 from services.gateway import keys as keys_module
 from services.gateway.keys import KeyLimits, KeyRing, Scope
 from services.trainer.parity import CANDIDATE_TENANT
-from tests.support.fake_services import BASE, Script
+from tests.support.fake_base import BASE
+from tests.support.fake_inference import Script
 from tests.support.gateway import PEPPER, GatewayUnderTest, running_gateway, sse_objects, wait_until
 
 

@@ -14,7 +14,8 @@ from lorafleet.inference.v1.inference_service_pb2_grpc import InferenceServiceSt
 from services.common.status import from_rpc_error
 from services.gateway.keys import KeyLimits, Scope
 from services.gateway.usage import UsageBook
-from tests.support.fake_services import BASE, Script
+from tests.support.fake_base import BASE
+from tests.support.fake_inference import Script
 from tests.support.gateway import GatewayUnderTest, running_gateway, wait_until
 
 

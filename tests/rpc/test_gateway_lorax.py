@@ -12,7 +12,8 @@ import pytest
 from lorafleet.inference.v1.generation_pb2 import FinishReason
 from services.common.errors import Internal, ResourceExhausted
 from services.gateway.keys import KeyLimits, Scope
-from tests.support.fake_services import BASE, FINGERPRINT, Script
+from tests.support.fake_base import BASE, FINGERPRINT
+from tests.support.fake_inference import Script
 from tests.support.gateway import GatewayUnderTest, running_gateway, wait_until
 
 END = b"</s>"

@@ -22,7 +22,8 @@ from services.gateway.__main__ import main
 from services.gateway.keys import KeyLimits, Scope
 from services.gateway.limits import Bucket, LocalLimiter
 from tests.support.certificates import Authority
-from tests.support.fake_services import BASE, Script
+from tests.support.fake_base import BASE
+from tests.support.fake_inference import Script
 from tests.support.gateway import PEPPER, GatewayUnderTest, running_gateway, sse_objects, wait_until
 
 

@@ -21,7 +21,7 @@ from services.gateway.config import GatewaySettings
 from services.gateway.keys import Scope
 from services.gateway.rpc_door import rpc_door
 from services.gateway.rpc_methods import PublicMethod, public_methods
-from tests.support.fake_services import Script
+from tests.support.fake_inference import Script
 from tests.support.gateway import GatewayUnderTest, running_gateway, wait_until
 from tests.support.reflection import ReflectionClient
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from tests.support.fake_services import BASE, Script
+from tests.support.fake_base import BASE
+from tests.support.fake_inference import Script
 from tests.support.gateway import GatewayUnderTest, running_gateway, sse_objects
 
 WEATHER = {

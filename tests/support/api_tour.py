@@ -12,7 +12,8 @@ from lorafleet.inference.v1.inference_service_pb2 import ResidentAdapter, Tier
 from lorafleet.registry.v1.file_pb2 import File
 from lorafleet.trainer.v1.job_pb2 import Checkpoint, Progress
 from tests.support.adapter_files import config_bytes, lora_tensors, safetensors_bytes
-from tests.support.fake_services import BASE, Script
+from tests.support.fake_base import BASE
+from tests.support.fake_inference import Script
 from tests.support.gateway import GatewayUnderTest
 
 ROWS = b'{"prompt": "a", "completion": "b"}\n' * 20

@@ -38,7 +38,11 @@ from services.gateway.keys import KeyRing, Scope
 from services.gateway.server import bind, http_config
 from services.registry.config import RegistrySettings
 from services.registry.service import SERVICES, Registry
-from tests.support.fake_services import FakeAdapters, FakeBases, FakeFiles, FakeInference, FakeTrainer
+from tests.support.fake_adapters import FakeAdapters
+from tests.support.fake_base import FakeBases
+from tests.support.fake_files import FakeFiles
+from tests.support.fake_inference import FakeInference
+from tests.support.fake_trainer import FakeTrainer
 
 PEPPER = "a pepper for tests, long enough"
 WAIT_SECONDS = 10.0

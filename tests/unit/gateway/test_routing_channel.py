@@ -37,7 +37,8 @@ from services.gateway.routing.presence import PresenceReader
 from services.gateway.routing.replica import Report
 from services.gateway.routing.router import Router
 from services.gateway.upstream import ADAPTER_SERVICE, INFERENCE_SERVICE
-from tests.support.fake_services import FakeAdapters, FakeInference, Script
+from tests.support.fake_adapters import FakeAdapters
+from tests.support.fake_inference import FakeInference, Script
 
 REFUSED_CONNECTION = "127.0.0.1:1"
 
